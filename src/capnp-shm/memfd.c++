@@ -1,0 +1,162 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "memfd.h"
+
+#include <atomic>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <linux/memfd.h>
+#include <mutex>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+#include <kj/debug.h>
+
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010
+#endif
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 0x0008U
+#endif
+#ifndef TMPFS_MAGIC
+#define TMPFS_MAGIC 0x01021994
+#endif
+
+namespace capnpshm {
+
+namespace {
+
+std::atomic<uint64_t> currentGeneration{0};
+// Not a singleton in the sense of the style guide: it has no interface but "which process am I",
+// which is a property of the process.
+
+std::once_flag atForkRegistered;
+
+void ensureAtForkRegistered() {
+  std::call_once(atForkRegistered, []() {
+    pthread_atfork(nullptr, nullptr, []() {
+      // Relaxed: the child has one thread, which is the one that reads it.
+      currentGeneration.fetch_add(1, std::memory_order_relaxed);
+    });
+  });
+}
+
+constexpr int REQUIRED_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE;
+
+int createMemfd() {
+  // MFD_NOEXEC_SEAL is known since Linux 6.3; an older kernel refuses unknown flags with EINVAL.
+  int fd = memfd_create("capnp-shm", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+  if (fd < 0 && errno == EINVAL) {
+    fd = memfd_create("capnp-shm", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  }
+  if (fd < 0) {
+    KJ_FAIL_SYSCALL("memfd_create()", errno, "cannot create shared memory");
+  }
+  return fd;
+}
+
+void adviseMapping(void* begin, size_t size) {
+  // A fork child must not inherit the mapping: it would share our ring with us. And a core dump
+  // need not hold the payload twice.
+  KJ_SYSCALL(madvise(begin, size, MADV_DONTFORK));
+  KJ_SYSCALL(madvise(begin, size, MADV_DONTDUMP));
+}
+
+}  // namespace
+
+uint64_t forkGeneration() {
+  return currentGeneration.load(std::memory_order_relaxed);
+}
+
+Mapping::Mapping(kj::byte* begin, size_t size)
+    : range(begin, size), generation(forkGeneration()) {}
+
+Mapping::Mapping(Mapping&& other)
+    : range(other.range), generation(other.generation) {
+  other.range = nullptr;
+}
+
+Mapping::~Mapping() noexcept(false) {
+  if (range.size() > 0 && generation == forkGeneration()) {
+    KJ_SYSCALL(munmap(range.begin(), range.size())) { break; }
+  }
+}
+
+OwnRegion createRegion(size_t bytes) {
+  size_t pageSize = sysconf(_SC_PAGESIZE);
+  KJ_REQUIRE(bytes > 0 && bytes % pageSize == 0,
+      "a region's size must be a positive multiple of the page size", bytes, pageSize);
+  ensureAtForkRegistered();
+
+  kj::AutoCloseFd fd(createMemfd());
+  KJ_SYSCALL(ftruncate(fd, bytes), "cannot size shared memory", bytes);
+
+  // Allocated whole: a hole that the peer reads would be charged to the peer.
+  int error;
+  do {
+    error = posix_fallocate(fd, 0, bytes);
+  } while (error == EINTR);
+  if (error != 0) {
+    KJ_FAIL_SYSCALL("posix_fallocate()", error, "cannot allocate shared memory", bytes);
+  }
+
+  void* begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (begin == MAP_FAILED) {
+    KJ_FAIL_SYSCALL("mmap()", errno, "cannot map shared memory", bytes);
+  }
+  Mapping mapping(reinterpret_cast<kj::byte*>(begin), bytes);
+  adviseMapping(begin, bytes);
+
+  // After our own writable mapping, which FUTURE_WRITE leaves alone.
+  KJ_SYSCALL(fcntl(fd, F_ADD_SEALS, REQUIRED_SEALS | F_SEAL_SEAL),
+      "cannot seal shared memory; F_SEAL_FUTURE_WRITE needs Linux 5.1");
+
+  return { kj::mv(fd), kj::mv(mapping) };
+}
+
+Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes) {
+  ensureAtForkRegistered();
+
+  size_t pageSize = sysconf(_SC_PAGESIZE);
+  KJ_REQUIRE(announcedBytes > 0 && announcedBytes % pageSize == 0,
+      "peer announced a region whose size is not a positive multiple of the page size",
+      announcedBytes);
+  KJ_REQUIRE(announcedBytes <= maxBytes,
+      "peer announced a larger region than this side accepts", announcedBytes, maxBytes);
+
+  int seals = fcntl(fd, F_GET_SEALS);
+  if (seals < 0) {
+    int error = errno;
+    KJ_FAIL_REQUIRE("peer sent as a region a file that cannot be sealed", strerror(error));
+  }
+  KJ_REQUIRE((seals & REQUIRED_SEALS) == REQUIRED_SEALS,
+      "peer sent a region without the seals SHRINK, GROW and FUTURE_WRITE", seals);
+
+  struct statfs fs;
+  KJ_SYSCALL(fstatfs(fd, &fs));
+  // A hugetlb memfd can be sealed too, but touching it may raise SIGBUS when the pool is empty.
+  KJ_REQUIRE(fs.f_type == TMPFS_MAGIC,
+      "peer sent a region that is not an ordinary memfd", uint64_t(fs.f_type));
+
+  struct stat stats;
+  KJ_SYSCALL(fstat(fd, &stats));
+  KJ_REQUIRE(uint64_t(stats.st_size) == announcedBytes,
+      "peer sent a region of another size than it announced", stats.st_size, announcedBytes);
+  KJ_REQUIRE(uint64_t(stats.st_blocks) * 512 >= announcedBytes,
+      "peer sent a region with holes", stats.st_blocks, announcedBytes);
+
+  void* begin = mmap(nullptr, announcedBytes, PROT_READ, MAP_SHARED, fd, 0);
+  if (begin == MAP_FAILED) {
+    int error = errno;
+    kj::throwFatalException(KJ_EXCEPTION(OVERLOADED, "cannot map the peer's shared memory",
+        strerror(error), announcedBytes));
+  }
+  Mapping mapping(reinterpret_cast<kj::byte*>(begin), announcedBytes);
+  adviseMapping(begin, announcedBytes);
+  return mapping;
+}
+
+}  // namespace capnpshm
