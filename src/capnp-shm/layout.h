@@ -31,8 +31,8 @@ static_assert(sizeof(SharedWord) == 8 && alignof(SharedWord) == 8 &&
 constexpr size_t CACHE_LINE = 64;
 constexpr size_t CACHE_LINE_PAIR = 128;
 
-constexpr uint64_t REGION_MAGIC = 0x006d687370706163ull;
-// The bytes "cappshm\0", read as a little-endian word.
+constexpr uint64_t REGION_MAGIC = 0x6d6873706e706163ull;
+// The bytes "capnpshm", read as a little-endian word.
 
 constexpr uint32_t PROTOCOL_VERSION = 1;
 // The one version of the layout that this code speaks. See docs/PROTOCOL.md, "Versions".

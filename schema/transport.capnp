@@ -1,0 +1,71 @@
+# Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+@0xd3a1f6c2b0947e58;
+
+using Cxx = import "/capnp/c++.capnp";
+$Cxx.namespace("capnpshm::protocol");
+
+# What travels on the control socket beside Cap'n Proto RPC itself. Each message is sent as a
+# framed rpc.capnp `Message` whose union is `obsoleteSave`, with a Control in it: valid in every
+# version of Cap'n Proto, and answered with `unimplemented` by a peer that knows nothing of us.
+# docs/PROTOCOL.md tells the order in which they may come.
+
+struct Control {
+  magic @0 :UInt64;
+  # magicValue below. Anything else is not a message of this protocol.
+
+  union {
+    offer @1 :Offer;
+    # The sender could use shared memory. Its first region's fd is attached.
+
+    mapped @2 :Void;
+    # The sender has mapped the receiver's first region and written the header of its own.
+
+    declined @3 :Text;
+    # The sender stays with plain frames in both directions; why. The answer to an offer, or to
+    # `mapped`.
+
+    switch @4 :Void;
+    # The last plain frame of this direction: what follows is in shared memory, and on the socket
+    # there are only control messages and bells.
+
+    region @5 :Region;
+    # The sender has made a further region; its fd is attached.
+
+    regionMapped @6 :UInt32;
+    regionRefused @7 :UInt32;
+    # Answers to `region`, by id. After a refusal the region will carry no message.
+
+    fds @8 :UInt32;
+    # File descriptors of one RPC message, which is published after this was sent, are attached;
+    # so many. Messages with fds and these records pair up in order.
+  }
+
+  const magicValue :UInt64 = 0x6d6873706e706163;
+  # "capnpshm", read as a little-endian word.
+}
+
+struct Offer {
+  minVersion @0 :UInt32;
+  maxVersion @1 :UInt32;
+  # Versions of the layout and of this protocol which the sender speaks.
+
+  nonce @2 :UInt64;
+  # Random. Tells the echo of a peer that does not understand offers from anything else.
+
+  regionBytes @3 :UInt64;
+  # Size of the sender's first region.
+
+  trustsPeer @4 :Bool;
+  # Whether the sender reads messages where they lie.
+
+  maxFdsPerMessage @5 :UInt32;
+  # How many file descriptors the sender accepts with an RPC message.
+}
+
+struct Region {
+  id @0 :UInt32;
+  # 1, 2, 3, ... in the order in which they are announced. The first region is 0.
+
+  bytes @1 :UInt64;
+}

@@ -1,0 +1,243 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "connection.h"
+
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+#include <kj/debug.h>
+
+// The setting up of a SharedMemoryConnection: offer, answer, mapped or declined, SWITCH. The rest
+// is in connection.c++.
+
+namespace capnpshm {
+
+namespace {
+
+constexpr uint FREE_RING_ENTRIES = 512;
+constexpr size_t MIN_FIRST_REGION = 16 * 1024;
+
+size_t firstRegionBytes(const SharedMemoryOptions& options) {
+  size_t pageSize = sysconf(_SC_PAGESIZE);
+  size_t bytes = kj::max(options.firstRegionBytes, MIN_FIRST_REGION);
+  return (bytes + pageSize - 1) / pageSize * pageSize;
+}
+
+}  // namespace
+
+void SharedMemoryConnection::offer() {
+  if (offered || plainReason != nullptr || failure != nullptr) return;
+  if (createOutbox()) writeOffer();
+}
+
+bool SharedMemoryConnection::createOutbox() {
+  if (outbox != nullptr) return true;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    OutboxLimits limits;
+    limits.firstRegionBytes = firstRegionBytes(options);
+    limits.maxBytes = kj::max(options.maxBytes, limits.firstRegionBytes);
+    limits.freeEntries = options.trustPeer ? FREE_RING_ENTRIES : 0;
+    outbox = kj::atomicRefcounted<Outbox>(limits);
+  })) {
+    stayPlain(kj::str("this side cannot make shared memory: ", exception->getDescription()));
+    return false;
+  }
+  return true;
+}
+
+void SharedMemoryConnection::writeOffer() {
+  auto& o = *KJ_ASSERT_NONNULL(outbox);
+  offered = true;
+  nonce = newNonce();
+  auto message = kj::heap<ControlMessage>();
+  auto builder = message->get().initOffer();
+  builder.setMinVersion(PROTOCOL_VERSION);
+  builder.setMaxVersion(PROTOCOL_VERSION);
+  builder.setNonce(nonce);
+  builder.setRegionBytes(o.getFirstRegionBytes());
+  builder.setTrustsPeer(options.trustPeer);
+  builder.setMaxFdsPerMessage(maxFdsPerMessage);
+  writeControl(kj::mv(message), nullptr, o.getFirstRegionFd());
+}
+
+bool SharedMemoryConnection::handlePlainBody(
+    capnp::AnyPointer::Reader body, kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  // True if the message was for the transport; false if it is Cap'n Proto's.
+
+  KJ_IF_MAYBE(control, asControl(body)) {
+    handleControl(*control, fds);
+    return true;
+  }
+  if (offered && plainReason == nullptr && isEchoOfOffer(body, nonce)) {
+    stayPlain("the peer does not know shared memory");
+    return true;
+  }
+  if (!offered && plainReason == nullptr) {
+    // An offer comes before everything else or not at all.
+    stayPlain("the peer did not offer shared memory");
+  }
+  return false;
+}
+
+void SharedMemoryConnection::handleControl(
+    protocol::Control::Reader control, kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  switch (control.which()) {
+    case protocol::Control::OFFER:
+      handleOffer(control.getOffer(), fds);
+      return;
+
+    case protocol::Control::MAPPED:
+      handleMapped();
+      return;
+
+    case protocol::Control::DECLINED:
+      KJ_REQUIRE(!incomingShared, "peer declined shared memory after it had switched to it");
+      stayPlain(kj::str("the peer declined: ", control.getDeclined()));
+      return;
+
+    case protocol::Control::SWITCH:
+      KJ_REQUIRE(gotMapped && outgoingShared && !incomingShared,
+          "peer switched to shared memory before that was agreed");
+      incomingShared = true;
+      controlTask = readControl().eagerlyEvaluate([this](kj::Exception&& exception) {
+        fail(kj::mv(exception));
+      });
+      return;
+
+    case protocol::Control::REGION: {
+      auto region = control.getRegion();
+      KJ_IF_MAYBE(i, inbox) {
+        bool mapped = fds.size() > 0 && fds[0] != nullptr &&
+            (*i)->addRegion(region.getId(), fds[0], region.getBytes());
+        auto message = kj::heap<ControlMessage>();
+        if (mapped) {
+          message->get().setRegionMapped(region.getId());
+        } else {
+          message->get().setRegionRefused(region.getId());
+        }
+        writeControl(kj::mv(message));
+        return;
+      }
+      KJ_FAIL_REQUIRE("peer announced a region before shared memory was agreed");
+    }
+
+    case protocol::Control::REGION_MAPPED:
+    case protocol::Control::REGION_REFUSED:
+      KJ_REQUIRE(outgoingShared, "peer answered for a region before shared memory was agreed");
+      KJ_IF_MAYBE(o, outbox) {
+        if (control.isRegionMapped()) {
+          (*o)->regionMapped(control.getRegionMapped());
+        } else {
+          (*o)->regionRefused(control.getRegionRefused());
+        }
+      }
+      publishWaiting();
+      return;
+
+    case protocol::Control::FDS: {
+      KJ_REQUIRE(incomingShared, "peer sent file descriptors before it switched to shared memory");
+      auto kept = kj::heapArrayBuilder<kj::AutoCloseFd>(
+          kj::min(fds.size(), size_t(maxFdsPerMessage)));
+      for (auto& fd: fds) {
+        if (kept.size() < kept.capacity() && fd != nullptr) kept.add(kj::mv(fd));
+      }
+      fdRecords.push_back(kept.finish());
+      return;
+    }
+  }
+  KJ_FAIL_REQUIRE("peer sent a control message of an unknown kind", uint(control.which()));
+}
+
+void SharedMemoryConnection::handleOffer(
+    protocol::Offer::Reader peerOffer, kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  KJ_REQUIRE(peerFirstRegion == nullptr && !gotMapped, "peer offered shared memory twice");
+
+  if (plainReason != nullptr) {
+    // We cannot, and if we had offered before, have said so.
+    decline(KJ_ASSERT_NONNULL(plainReason));
+    return;
+  }
+
+  KJ_IF_MAYBE(v, agreeOnVersion(peerOffer)) {
+    version = *v;
+  } else {
+    decline(kj::str("no common version: peer speaks ", peerOffer.getMinVersion(), " to ",
+        peerOffer.getMaxVersion(), ", this side ", PROTOCOL_VERSION));
+    return;
+  }
+
+  if (fds.size() == 0 || fds[0] == nullptr) {
+    decline("file descriptors do not pass through this connection");
+    return;
+  }
+
+  kj::Maybe<kj::String> reason;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    peerFirstRegion = kj::atomicRefcounted<PeerRegion>(
+        0, mapPeerRegion(fds[0], peerOffer.getRegionBytes(), options.maxBytes));
+  })) {
+    if (exception->getType() != kj::Exception::Type::OVERLOADED) {
+      kj::throwFatalException(kj::mv(*exception));
+    }
+    decline(exception->getDescription());
+    return;
+  }
+  peerTrustsUs = peerOffer.getTrustsPeer();
+
+  if (!createOutbox()) {
+    decline(KJ_ASSERT_NONNULL(plainReason));
+    return;
+  }
+  KJ_ASSERT_NONNULL(outbox)->writeHeader(version);
+  if (!offered) writeOffer();
+  auto message = kj::heap<ControlMessage>();
+  message->get().setMapped();
+  writeControl(kj::mv(message));
+  sentMapped = true;
+}
+
+void SharedMemoryConnection::handleMapped() {
+  KJ_REQUIRE(offered && !gotMapped, "peer mapped a region that was not offered to it");
+  gotMapped = true;
+  if (!sentMapped) return;   // We declined.
+
+  auto& o = KJ_ASSERT_NONNULL(outbox);
+  InboxLimits limits;
+  limits.traversalLimitInWords = receiveOptions.traversalLimitInWords;
+  limits.nestingLimit = receiveOptions.nestingLimit;
+  limits.maxBytes = options.maxBytes;
+  limits.inPlace = options.trustPeer;
+  auto& i = inbox.emplace(kj::atomicRefcounted<Inbox>(kj::atomicAddRef(*o),
+      kj::mv(KJ_ASSERT_NONNULL(peerFirstRegion)), version, limits));
+  i->onRelease([this]() { active(); }, [](){});
+  o->start(i->getPeerHeader(), i->getPeerFreeRing());
+  sleepWord = SleepWord(o->getHeader().sleepWord);
+  peerSleepWord = PeerSleepWord(i->getPeerHeader().sleepWord);
+
+  auto message = kj::heap<ControlMessage>();
+  message->get().setSwitch();
+  writeControl(kj::mv(message));
+  outgoingShared = true;
+  outgoingStats.transport = Transport::SHARED_MEMORY;
+}
+
+void SharedMemoryConnection::decline(kj::StringPtr reason) {
+  auto message = kj::heap<ControlMessage>();
+  message->get().setDeclined(reason);
+  writeControl(kj::mv(message));
+  stayPlain(reason);
+}
+
+void SharedMemoryConnection::stayPlain(kj::StringPtr reason) {
+  if (plainReason != nullptr) return;
+  plainReason = kj::str(reason);
+  outgoingStats.transport = Transport::PLAIN;
+  incomingStats.transport = Transport::PLAIN;
+  peerFirstRegion = nullptr;
+  outbox = nullptr;
+  if (options.requireSharedMemory) {
+    fail(KJ_EXCEPTION(FAILED, "shared memory is required, but cannot be used", reason));
+  }
+}
+
+}  // namespace capnpshm

@@ -1,0 +1,683 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "connection.h"
+
+#include "compat.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <capnp/serialize.h>
+#include <kj/debug.h>
+
+namespace capnpshm {
+
+using capnp::word;
+
+namespace {
+
+constexpr uint64_t BELL = ~uint64_t(0);
+// As a frame header it would announce 2^32 segments, so it cannot be one.
+
+constexpr size_t MAX_CONTROL_WORDS = 64;
+constexpr uint MAX_FDS_AHEAD = 64;
+constexpr uint MAX_UNRUNG_MESSAGES = 32;
+
+size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
+  return capnp::computeSerializedSizeInWords(segments) * sizeof(word);
+}
+
+}  // namespace
+
+class SharedMemoryConnection::Receiver {
+  // The adapter of the promise for the next message. Only one exists at a time.
+
+public:
+  Receiver(kj::PromiseFulfiller<MaybeMessage>& fulfiller, SharedMemoryConnection& connection)
+      : fulfiller(fulfiller), connection(connection) {
+    connection.receiver = *this;
+    connection.active();
+  }
+  ~Receiver() noexcept(false) { leave(); }
+  KJ_DISALLOW_COPY(Receiver);
+
+  void fulfill(MaybeMessage&& message) {
+    leave();
+    fulfiller.fulfill(kj::mv(message));
+  }
+  void reject(kj::Exception&& exception) {
+    leave();
+    fulfiller.reject(kj::mv(exception));
+  }
+
+private:
+  kj::PromiseFulfiller<MaybeMessage>& fulfiller;
+  SharedMemoryConnection& connection;
+  bool listed = true;
+
+  void leave() {
+    if (listed) connection.receiver = nullptr;
+    listed = false;
+  }
+};
+
+class SharedMemoryConnection::WindowState final
+    : public kj::Refcounted, public capnp::RpcFlowController::WindowGetter {
+  // The stream window; owned by the connection and by its flow controllers, which may outlive it.
+
+public:
+  explicit WindowState(SharedMemoryConnection& connection): connection(connection) {}
+  void disconnect() { connection = nullptr; }
+
+  size_t getWindow() override {
+    KJ_IF_MAYBE(c, connection) {
+      if (c->outgoingShared) {
+        if (c->options.streamWindowBytes > 0) return c->options.streamWindowBytes;
+        return kj::min(size_t(256) << 10, c->options.maxBytes / 4);
+      }
+      int size;
+      uint length = sizeof(size);
+      c->stream.getsockopt(SOL_SOCKET, SO_SNDBUF, &size, &length);
+      return size;
+    }
+    return capnp::RpcFlowController::DEFAULT_WINDOW_SIZE;
+  }
+
+private:
+  kj::Maybe<SharedMemoryConnection&> connection;
+};
+
+SharedMemoryConnection::SharedMemoryConnection(
+    const SharedMemoryContext& context, kj::AsyncCapabilityStream& stream, uint maxFdsPerMessage,
+    capnp::rpc::twoparty::Side side, capnp::ReaderOptions receiveOptions,
+    const kj::MonotonicClock& clock)
+    : SharedMemoryConnection(TurnEnd::forThisLoop(), context, stream, maxFdsPerMessage, side,
+                             receiveOptions, clock) {}
+
+SharedMemoryConnection::SharedMemoryConnection(kj::Own<TurnEnd> turnEndParam,
+    const SharedMemoryContext& context, kj::AsyncCapabilityStream& stream, uint maxFdsPerMessage,
+    capnp::rpc::twoparty::Side side, capnp::ReaderOptions receiveOptions,
+    const kj::MonotonicClock& clock)
+    : Member(*turnEndParam),
+      options(context.options),
+      stream(stream),
+      socket(KJ_ASSERT_NONNULL(stream.getFd())),
+      maxFdsPerMessage(maxFdsPerMessage),
+      receiveOptions(receiveOptions),
+      clock(clock),
+      peerVatId(4),
+      turnEnd(kj::mv(turnEndParam)),
+      previousWrite(kj::READY_NOW),
+      currentOutgoingMessageSendTime(clock.now()),
+      window(kj::refcounted<WindowState>(*this)),
+      controlTask(kj::READY_NOW),
+      foreignTask(kj::READY_NOW) {
+  peerVatId.initRoot<capnp::rpc::twoparty::VatId>().setSide(
+      side == capnp::rpc::twoparty::Side::CLIENT ? capnp::rpc::twoparty::Side::SERVER
+                                                 : capnp::rpc::twoparty::Side::CLIENT);
+}
+
+SharedMemoryConnection::~SharedMemoryConnection() noexcept(false) {
+  window->disconnect();
+  KJ_IF_MAYBE(i, inbox) (*i)->close();
+  // What was published this turn must not wait for a bell that never comes; EOF will wake the
+  // peer, but only if nobody else holds the socket.
+  if (outgoingShared && servedInterests != 0) ringPeer();
+}
+
+// =======================================================================================
+// Sending
+
+kj::Own<capnp::OutgoingRpcMessage> SharedMemoryConnection::newOutgoingMessage(
+    uint firstSegmentWordSize) {
+  MessageSender& sender = *this;
+  if (owner.isCurrent() && outgoingShared) {
+    return kj::atomicRefcounted<OutgoingMessage>(
+        kj::atomicAddRef(*KJ_ASSERT_NONNULL(outbox)), sender, firstSegmentWordSize);
+  } else {
+    return kj::atomicRefcounted<OutgoingMessage>(sender, firstSegmentWordSize);
+  }
+}
+
+void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
+  KJ_REQUIRE(owner.isCurrent(), "messages must be sent on the thread of the event loop");
+
+  size_t size = 0;
+  for (auto& segment: message.getSegments()) size += segment.size();
+  KJ_REQUIRE(size < receiveOptions.traversalLimitInWords, size,
+      "Trying to send Cap'n Proto message larger than our single-message size limit. The "
+      "other side probably won't accept it (assuming its traversalLimitInWords matches "
+      "ours) and would abort the connection, so I won't send it.") {
+    return;
+  }
+  KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
+  if (failure != nullptr) return;
+  if (maxFdsPerMessage == 0) message.setFds(nullptr);
+
+  size_t bytes = size * sizeof(word);
+  if (getCurrentQueueCount() == 0) currentOutgoingMessageSendTime = clock.now();
+  ++outgoingStats.messages;
+  outgoingStats.bytes += bytes;
+
+  if (!outgoingShared) {
+    sendPlain(message, bytes);
+    return;
+  }
+
+  active();
+  auto fds = message.getFds();
+  if (waiting.empty() && fds.size() == 0) {
+    announceRegions();
+    bool published = false;
+    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+      published = KJ_ASSERT_NONNULL(outbox)->tryPublish(message, 0);
+    })) {
+      fail(kj::mv(*exception));
+      return;
+    }
+    if (published) {
+      ++unflushedCount;
+      unflushedSize += bytes;
+      servedInterests |= WANT_DATA;
+      if (unflushedCount % MAX_UNRUNG_MESSAGES == 0) ringPeer();
+      return;
+    }
+    announceRegions();
+  }
+
+  auto copies = KJ_MAP(fd, fds) -> kj::AutoCloseFd {
+    int copy;
+    KJ_SYSCALL(copy = fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    return kj::AutoCloseFd(copy);
+  };
+  ++heapWaits;
+  ++queueCount;
+  queueSize += bytes;
+  waiting.push_back(WaitingMessage { kj::atomicAddRef(message), kj::mv(copies),
+      fds.size() > 0 ? WaitingMessage::UNSENT : WaitingMessage::NONE, bytes });
+  publishWaiting();
+}
+
+void SharedMemoryConnection::sendPlain(OutgoingMessage& message, size_t bytes) {
+  ++queueCount;
+  queueSize += bytes;
+  auto sendTime = clock.now();
+  size_t wireBytes = frameBytes(message.getSegments());
+  auto done = kj::defer([this, bytes]() {
+    queueSize -= bytes;
+    --queueCount;
+  });
+  auto own = kj::atomicAddRef(message);
+  auto& m = *own;
+  previousWrite = enqueueWrite([this, &m, sendTime, wireBytes]() {
+    currentOutgoingMessageSendTime = sendTime;
+    ++outgoingStats.socketMessages;
+    outgoingStats.socketMessageBytes += wireBytes;
+    outgoingStats.socketBytes += wireBytes;
+    KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(m.getFds(), m.getSegments());
+    return capnp::writeMessage(stream, m.getFds(), m.getSegments());
+  }).attach(kj::mv(own), kj::mv(done)).eagerlyEvaluate(nullptr);
+  // eagerlyEvaluate() after attach(), so that the message is released as soon as it is written.
+}
+
+kj::Promise<void> SharedMemoryConnection::enqueueWrite(
+    kj::Function<kj::Promise<void>()> write) {
+  ++pendingWrites;
+  return KJ_ASSERT_NONNULL(previousWrite, "already shut down")
+      .then([write = kj::mv(write)]() mutable { return write(); })
+      .then([this]() { --pendingWrites; }, [this](kj::Exception&& exception) {
+    // Since no one checks write failures, they become read failures, or a caller would wait for
+    // ever for a reply. In shared memory the read side learns it from the socket by itself, after
+    // everything that the peer had published.
+    writeFailed = true;
+    if (!incomingShared) fail(kj::cp(exception));
+    kj::throwRecoverableException(kj::mv(exception));
+  });
+}
+
+void SharedMemoryConnection::writeControl(kj::Own<ControlMessage> control,
+    kj::Array<kj::AutoCloseFd> fds, kj::Maybe<int> borrowedFd) {
+  if (previousWrite == nullptr) return;  // Shut down; nobody wants it any more.
+  auto segments = control->getMessage().getSegmentsForOutput();
+  outgoingStats.socketBytes += frameBytes(segments);
+  auto numbers = kj::heapArrayBuilder<int>(fds.size() + (borrowedFd == nullptr ? 0 : 1));
+  for (auto& fd: fds) numbers.add(fd.get());
+  KJ_IF_MAYBE(fd, borrowedFd) numbers.add(*fd);
+  previousWrite = enqueueWrite([this, segments, numbers = numbers.finish()]() {
+    return capnp::writeMessage(stream, numbers, segments);
+  }).attach(kj::mv(control), kj::mv(fds)).eagerlyEvaluate(nullptr);
+}
+
+void SharedMemoryConnection::announceRegions() {
+  auto& o = *KJ_ASSERT_NONNULL(outbox);
+  for (;;) {
+    KJ_IF_MAYBE(announcement, o.takeAnnouncement()) {
+      auto message = kj::heap<ControlMessage>();
+      auto region = message->get().initRegion();
+      region.setId(announcement->id);
+      region.setBytes(announcement->bytes);
+      writeControl(kj::mv(message), nullptr, announcement->fd);
+    } else {
+      return;
+    }
+  }
+}
+
+void SharedMemoryConnection::publishWaiting() {
+  auto& o = *KJ_ASSERT_NONNULL(outbox);
+  o.reclaim();
+  while (!fdPositions.empty() && fdPositions.front() <= o.getConsumed()) fdPositions.pop_front();
+
+  while (!waiting.empty()) {
+    auto& front = waiting.front();
+    if (front.fdState == WaitingMessage::UNSENT) {
+      if (fdPositions.size() >= MAX_FDS_AHEAD) break;
+      front.fdState = WaitingMessage::WRITING;
+      auto message = kj::heap<ControlMessage>();
+      message->get().setFds(front.fds.size());
+      writeControl(kj::mv(message), kj::mv(front.fds));
+      previousWrite = KJ_ASSERT_NONNULL(previousWrite).then([this]() {
+        if (waiting.empty()) return;
+        waiting.front().fdState = WaitingMessage::WRITTEN;
+        active();
+      }).eagerlyEvaluate(nullptr);
+    }
+    if (front.fdState == WaitingMessage::WRITING) break;
+
+    uint fdCount = front.message->getFds().size();
+    bool published = o.tryPublish(*front.message, fdCount);
+    announceRegions();
+    servedInterests |= WANT_DATA;  // Even if it was only a part.
+    active();
+    if (!published) break;
+    if (fdCount > 0) fdPositions.push_back(o.getPosition());
+    --queueCount;
+    queueSize -= front.bytes;
+    ++unflushedCount;
+    unflushedSize += front.bytes;
+    waiting.pop_front();
+  }
+
+  if (waiting.empty()) {
+    KJ_IF_MAYBE(fulfiller, drainedFulfiller) (*fulfiller)->fulfill();
+  }
+}
+
+void SharedMemoryConnection::ringPeer() {
+  uint64_t served = servedInterests;
+  servedInterests = 0;
+  KJ_IF_MAYBE(p, peerSleepWord) {
+    if (!p->mustRing(served)) {
+      if (served & WANT_DATA) ++bellsSaved;
+      return;
+    }
+  } else {
+    return;
+  }
+  ++bellsRung;
+  outgoingStats.socketBytes += sizeof(BELL);
+  if (pendingWrites > 0) {
+    // Behind the frame that is being written.
+    if (previousWrite == nullptr || writeFailed) return;
+    previousWrite = enqueueWrite([this]() { return stream.write(&BELL, sizeof(BELL)); })
+        .eagerlyEvaluate(nullptr);
+    return;
+  }
+  // A full socket buffer means that there are bells in it already. Any other error is for the
+  // read side to find.
+  ssize_t n;
+  do {
+    n = ::send(socket, &BELL, sizeof(BELL), MSG_DONTWAIT | MSG_NOSIGNAL);
+  } while (n < 0 && errno == EINTR);
+}
+
+kj::Promise<void> SharedMemoryConnection::shutdown() {
+  KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
+  auto end = [this]() { stream.shutdownWrite(); };
+  if (!outgoingShared || failure != nullptr) {
+    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(end);
+    previousWrite = nullptr;
+    return result;
+  }
+
+  kj::Promise<void> drained = kj::READY_NOW;
+  if (!waiting.empty()) {
+    auto paf = kj::newPromiseAndFulfiller<void>();
+    drained = kj::mv(paf.promise);
+    drainedFulfiller = kj::mv(paf.fulfiller);
+  }
+  // The queue of control writes stays open while messages wait: they may need announcements.
+  shuttingDown = true;
+  return drained.then([this, end]() {
+    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(end);
+    previousWrite = nullptr;
+    return result;
+  }).exclusiveJoin(stream.whenWriteDisconnected().then([]() {
+    kj::throwFatalException(KJ_EXCEPTION(DISCONNECTED,
+        "peer disconnected before all messages were delivered"));
+  }));
+}
+
+// =======================================================================================
+// Receiving
+
+class PlainIncomingMessage final: public capnp::IncomingRpcMessage {
+  // A message that came as a plain frame.
+
+public:
+  PlainIncomingMessage(kj::Own<capnp::MessageReader> reader, kj::Array<kj::AutoCloseFd> fdSpace,
+                       size_t fdCount)
+      : reader(kj::mv(reader)), fdSpace(kj::mv(fdSpace)), fdCount(fdCount) {}
+
+  capnp::AnyPointer::Reader getBody() override { return reader->getRoot<capnp::AnyPointer>(); }
+  kj::ArrayPtr<kj::AutoCloseFd> getAttachedFds() override { return fdSpace.slice(0, fdCount); }
+  size_t sizeInWords() override { return reader->sizeInWords(); }
+
+private:
+  kj::Own<capnp::MessageReader> reader;
+  kj::Array<kj::AutoCloseFd> fdSpace;
+  size_t fdCount;
+};
+
+kj::Promise<SharedMemoryConnection::MaybeMessage>
+SharedMemoryConnection::receiveIncomingMessage() {
+  KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+  if (incomingShared) return receiveShared();
+  return kj::evalLater([this]() -> kj::Promise<MaybeMessage> {
+    KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+    return receivePlain();
+  });
+}
+
+kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receivePlain() {
+  bool decided = plainReason != nullptr;
+  if (decided && plainStream == nullptr) plainStream = compat::newMessageStream(stream);
+
+  // Room for the fd of a region even if RPC messages may have none.
+  size_t space = decided ? size_t(maxFdsPerMessage) : kj::max(size_t(maxFdsPerMessage), size_t(1));
+  auto fdSpace = kj::heapArray<kj::AutoCloseFd>(space);
+  kj::Promise<kj::Maybe<capnp::MessageReaderAndFds>> promise = nullptr;
+  KJ_IF_MAYBE(s, plainStream) {
+    promise = (*s)->tryReadMessage(fdSpace, receiveOptions);
+  } else {
+    promise = capnp::tryReadMessage(stream, fdSpace, receiveOptions);
+  }
+
+  return readCanceler.wrap(kj::mv(promise)).then(
+      [this, decided, fdSpace = kj::mv(fdSpace)]
+      (kj::Maybe<capnp::MessageReaderAndFds>&& message) mutable -> kj::Promise<MaybeMessage> {
+    KJ_IF_MAYBE(m, message) {
+      if (!decided) {
+        auto body = m->reader->getRoot<capnp::AnyPointer>();
+        bool mine = false;
+        KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+          mine = handlePlainBody(body, m->fds);
+        })) {
+          fail(kj::mv(*exception));
+        }
+        KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+        if (mine) {
+          if (incomingShared) return receiveShared();
+          return receivePlain();
+        }
+      }
+      ++incomingStats.messages;
+      size_t bytes = m->reader->sizeInWords() * sizeof(word);
+      incomingStats.bytes += bytes;
+      ++incomingStats.socketMessages;
+      incomingStats.socketMessageBytes += bytes;
+      // Never more than the application allows, closed before it sees the message.
+      for (size_t i = maxFdsPerMessage; i < m->fds.size(); i++) m->fds[i] = nullptr;
+      size_t fdCount = kj::min(m->fds.size(), size_t(maxFdsPerMessage));
+      return MaybeMessage(kj::Own<capnp::IncomingRpcMessage>(kj::heap<PlainIncomingMessage>(
+          kj::mv(m->reader), kj::mv(fdSpace), fdCount)));
+    }
+    return MaybeMessage(nullptr);
+  });
+}
+
+kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiveShared() {
+  wake();
+  MaybeMessage message;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() { message = takeOne(); })) {
+    fail(kj::cp(*exception));
+    return kj::mv(*exception);
+  }
+  KJ_IF_MAYBE(m, message) {
+    if (turnEnd->mustYield((*m)->sizeInWords() * sizeof(word))) {
+      return turnEnd->yieldToPort().then(
+          [message = kj::mv(message)]() mutable { return kj::mv(message); });
+    }
+    return kj::mv(message);
+  }
+  if (ended) {
+    KJ_IF_MAYBE(exception, endReason) return kj::cp(*exception);
+    return MaybeMessage(nullptr);
+  }
+  return kj::newAdaptedPromise<MaybeMessage, Receiver>(*this);
+}
+
+SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
+  auto& i = *KJ_ASSERT_NONNULL(inbox);
+  KJ_IF_MAYBE(m, i.tryTake([this](uint) { return !fdRecords.empty() || ended; })) {
+    auto& message = **m;
+    if (message.getFdCount() > 0 && !fdRecords.empty()) {
+      message.attachFds(kj::mv(fdRecords.front()));
+      fdRecords.pop_front();
+    }
+    ++incomingStats.messages;
+    incomingStats.bytes += message.sizeInWords() * sizeof(word);
+    if (i.publishConsumed(false)) servedInterests |= WANT_ROOM;
+    active();
+    return kj::Own<capnp::IncomingRpcMessage>(kj::mv(*m));
+  }
+  return nullptr;
+}
+
+void SharedMemoryConnection::deliver() {
+  // Hands the next message, or the end, to whoever waits for it.
+  KJ_IF_MAYBE(r, receiver) {
+    KJ_IF_MAYBE(exception, failure) {
+      r->reject(kj::cp(*exception));
+      return;
+    }
+    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+      auto message = takeOne();
+      if (message != nullptr) {
+        r->fulfill(kj::mv(message));
+      } else if (ended) {
+        KJ_IF_MAYBE(reason, endReason) {
+          r->reject(kj::cp(*reason));
+        } else {
+          r->fulfill(nullptr);
+        }
+      }
+    })) {
+      fail(kj::mv(*exception));
+    }
+  }
+}
+
+kj::Promise<void> SharedMemoryConnection::readControl() {
+  struct Frame {
+    uint64_t header = 0;
+    kj::Array<kj::AutoCloseFd> fds;
+    word body[MAX_CONTROL_WORDS];
+  };
+  auto frame = kj::heap<Frame>();
+  auto& f = *frame;
+  f.fds = kj::heapArray<kj::AutoCloseFd>(kj::max(maxFdsPerMessage, 1u));
+
+  return stream.tryReadWithFds(&f.header, sizeof(f.header), sizeof(f.header),
+      f.fds.begin(), f.fds.size())
+      .then([this, &f](kj::AsyncCapabilityStream::ReadResult n) -> kj::Promise<bool> {
+    incomingStats.socketBytes += n.byteCount;
+    if (n.byteCount == 0) {
+      controlEnded(nullptr);
+      return false;
+    }
+    if (n.byteCount < sizeof(f.header)) {
+      controlEnded(KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a control message"));
+      return false;
+    }
+    wake();
+    if (f.header == BELL) {
+      publishWaiting();
+      deliver();
+      active();
+      return true;
+    }
+
+    size_t words = f.header >> 32;
+    uint64_t header = f.header;
+    KJ_REQUIRE(uint32_t(header) == 0 && words > 0 && words <= MAX_CONTROL_WORDS,
+        "peer sent something that is not a control message", header);
+    size_t bytes = words * sizeof(word);
+    size_t fdCount = n.capCount;
+    return stream.tryRead(f.body, bytes, bytes)
+        .then([this, &f, bytes, words, fdCount](size_t n) -> bool {
+      incomingStats.socketBytes += n;
+      if (n < bytes) {
+        controlEnded(KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a control message"));
+        return false;
+      }
+      kj::ArrayPtr<const word> segment = kj::arrayPtr(f.body, words);
+      capnp::SegmentArrayMessageReader reader(kj::arrayPtr(&segment, 1));
+      KJ_IF_MAYBE(control, asControl(reader.getRoot<capnp::AnyPointer>())) {
+        handleControl(*control, f.fds.slice(0, fdCount));
+      } else {
+        KJ_FAIL_REQUIRE("peer sent a plain message after it had switched to shared memory");
+      }
+      deliver();
+      active();
+      return true;
+    });
+  }).attach(kj::mv(frame)).then([this](bool more) -> kj::Promise<void> {
+    if (more && failure == nullptr) return readControl();
+    return kj::READY_NOW;
+  }, [this](kj::Exception&& exception) -> kj::Promise<void> {
+    if (exception.getType() == kj::Exception::Type::DISCONNECTED) {
+      controlEnded(kj::mv(exception));
+      return kj::READY_NOW;
+    }
+    return kj::mv(exception);
+  });
+}
+
+void SharedMemoryConnection::controlEnded(kj::Maybe<kj::Exception> reason) {
+  ended = true;
+  endReason = kj::mv(reason);
+  wake();
+  deliver();
+}
+
+void SharedMemoryConnection::fail(kj::Exception&& exception) {
+  // Breaks the connection: nothing more is sent or received.
+  if (failure != nullptr) return;
+  failure = kj::cp(exception);
+  waiting.clear();
+  KJ_IF_MAYBE(fulfiller, drainedFulfiller) (*fulfiller)->reject(kj::cp(exception));
+  if (!readCanceler.isEmpty()) readCanceler.cancel(kj::cp(exception));
+  deliver();
+}
+
+void SharedMemoryConnection::wake() {
+  KJ_IF_MAYBE(s, sleepWord) s->wake();
+}
+
+void SharedMemoryConnection::endOfTurn() {
+  unflushedCount = 0;
+  unflushedSize = 0;
+  if (!outgoingShared || failure != nullptr) return;
+
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    auto& o = *KJ_ASSERT_NONNULL(outbox);
+    auto& i = *KJ_ASSERT_NONNULL(inbox);
+    auto& s = KJ_ASSERT_NONNULL(sleepWord);
+
+    announceRegions();
+    if (!waiting.empty() || o.hasNews()) publishWaiting();
+    if (incomingShared) deliver();
+
+    bool wantData = incomingShared && receiver != nullptr;
+    if (i.publishConsumed(wantData)) servedInterests |= WANT_ROOM;
+    if (i.takeFreed()) servedInterests |= WANT_ROOM;
+    if (servedInterests != 0) ringPeer();
+
+    uint64_t interests = (wantData ? WANT_DATA : 0) | (waiting.empty() ? 0 : WANT_ROOM);
+    if (ended || interests == 0) {
+      wake();
+    } else if (s.arm(interests)) {
+      ++sleeps;
+      if ((wantData && i.isReady()) || (!waiting.empty() && o.hasNews())) {
+        wake();
+        active();
+      }
+    }
+  })) {
+    fail(kj::mv(*exception));
+  }
+}
+
+// =======================================================================================
+
+kj::Own<capnp::RpcFlowController> SharedMemoryConnection::newStream() {
+  return capnp::RpcFlowController::newVariableWindowController(*window)
+      .attach(kj::addRef(*window));
+}
+
+capnp::rpc::twoparty::VatId::Reader SharedMemoryConnection::getPeerVatId() {
+  return peerVatId.getRoot<capnp::rpc::twoparty::VatId>();
+}
+
+kj::Duration SharedMemoryConnection::getOutgoingMessageWaitTime() {
+  if (getCurrentQueueCount() == 0) return 0 * kj::SECONDS;
+  return clock.now() - currentOutgoingMessageSendTime;
+}
+
+SharedMemoryStats SharedMemoryConnection::getStats() {
+  SharedMemoryStats result;
+  auto copy = [](const DirectionStats& from, DirectionStats& to) {
+    to.transport = from.transport;
+    to.messages = from.messages;
+    to.bytes = from.bytes;
+    to.socketMessages = from.socketMessages;
+    to.socketMessageBytes = from.socketMessageBytes;
+    to.socketBytes = from.socketBytes;
+  };
+  copy(outgoingStats, result.outgoing);
+  copy(incomingStats, result.incoming);
+  KJ_IF_MAYBE(reason, plainReason) {
+    result.outgoing.plainReason = kj::str(*reason);
+    result.incoming.plainReason = kj::str(*reason);
+  }
+  if (incomingShared) result.incoming.transport = Transport::SHARED_MEMORY;
+  KJ_IF_MAYBE(o, outbox) {
+    auto& figures = (*o)->getFigures();
+    result.outgoing.inlineMessages = figures.inlineMessages;
+    result.outgoing.inlineBytes = figures.inlineBytes;
+    result.outgoing.referencedMessages = figures.referencedMessages;
+    result.outgoing.referencedBytes = figures.referencedBytes;
+    result.outgoing.copiedBytes = figures.copiedBytes;
+    result.regions = (*o)->getRegionCount();
+    result.regionBytes = (*o)->getRegionBytes();
+    result.ringBytes = (*o)->getRingBytes();
+    result.ringBytesInUse = (*o)->getRingBytesInUse();
+    result.arenaBytesInUse = (*o)->getArenaBytesInUse();
+  }
+  KJ_IF_MAYBE(i, inbox) {
+    result.incoming.inlineMessages = (*i)->getInlineMessages();
+    result.incoming.inlineBytes = (*i)->getInlineBytes();
+    result.incoming.copiedBytes = (*i)->getCopiedBytes();
+    result.incoming.referencedMessages = incomingStats.messages - incomingStats.socketMessages -
+        result.incoming.inlineMessages;
+    result.incoming.referencedBytes = incomingStats.bytes - incomingStats.socketMessageBytes -
+        result.incoming.inlineBytes;
+  }
+  result.bellsRung = bellsRung;
+  result.bellsSaved = bellsSaved;
+  result.sleeps = sleeps;
+  result.heapWaits = heapWaits;
+  return result;
+}
+
+}  // namespace capnpshm

@@ -1,0 +1,172 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#pragma once
+
+#include "busy-poll.h"
+#include "doorbell.h"
+#include "handshake.h"
+#include "inbox.h"
+#include "message.h"
+#include "outbox.h"
+#include "rpc-shm.h"
+#include <kj/function.h>
+#include <deque>
+
+namespace capnpshm {
+
+class SharedMemoryConnection final: public capnp::TwoPartyVatNetworkBase::Connection,
+                                    private MessageSender,
+                                    private TurnEnd::Member {
+  // One end of a connection over a Unix stream socket: plain frames at first, and each direction
+  // in shared memory from its SWITCH on.
+  //
+  // Invariants:
+  // - Messages leave in the order of their send(), whatever carries them.
+  // - One read and one chain of writes on the socket at a time.
+  // - `outbox` is there from our offer on, `inbox` from the peer's `mapped` on; both before either
+  //   direction is shared.
+  //
+  // Belongs to the thread of its event loop, except newOutgoingMessage().
+
+public:
+  SharedMemoryConnection(const SharedMemoryContext& context, kj::AsyncCapabilityStream& stream,
+      uint maxFdsPerMessage, capnp::rpc::twoparty::Side side,
+      capnp::ReaderOptions receiveOptions, const kj::MonotonicClock& clock);
+  SharedMemoryConnection(kj::Own<TurnEnd> turnEnd, const SharedMemoryContext& context,
+      kj::AsyncCapabilityStream& stream, uint maxFdsPerMessage, capnp::rpc::twoparty::Side side,
+      capnp::ReaderOptions receiveOptions, const kj::MonotonicClock& clock);
+  ~SharedMemoryConnection() noexcept(false);
+
+  void offer();
+  // Writes the offer, if this side has not yet. Before the first message.
+
+  size_t getCurrentQueueSize() { return queueSize + unflushedSize; }
+  size_t getCurrentQueueCount() { return queueCount + unflushedCount; }
+  kj::Duration getOutgoingMessageWaitTime();
+  SharedMemoryStats getStats();
+
+  // implements Connection -----------------------------------------------------
+
+  kj::Own<capnp::RpcFlowController> newStream() override;
+  capnp::rpc::twoparty::VatId::Reader getPeerVatId() override;
+  kj::Own<capnp::OutgoingRpcMessage> newOutgoingMessage(uint firstSegmentWordSize) override;
+  kj::Promise<kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>> receiveIncomingMessage() override;
+  kj::Promise<void> shutdown() override;
+
+private:
+  using MaybeMessage = kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>;
+
+  class Receiver;
+  class WindowState;
+
+  struct WaitingMessage {
+    // A message that has been sent but not published yet.
+    enum FdState { NONE, UNSENT, WRITING, WRITTEN };
+
+    kj::Own<OutgoingMessage> message;
+    kj::Array<kj::AutoCloseFd> fds;
+    FdState fdState;
+    size_t bytes;
+  };
+
+  SharedMemoryOptions options;
+  kj::AsyncCapabilityStream& stream;
+  int socket;
+  uint maxFdsPerMessage;
+  capnp::ReaderOptions receiveOptions;
+  const kj::MonotonicClock& clock;
+  capnp::MallocMessageBuilder peerVatId;
+  OwnerThread owner;
+  kj::Own<TurnEnd> turnEnd;
+
+  // Setting up.
+  bool offered = false;
+  bool sentMapped = false;
+  bool gotMapped = false;
+  bool peerTrustsUs = false;
+  uint64_t nonce = 0;
+  uint32_t version = 0;
+  kj::Maybe<kj::Own<PeerRegion>> peerFirstRegion;
+  bool outgoingShared = false;
+  bool incomingShared = false;
+  kj::Maybe<kj::String> plainReason;
+
+  kj::Maybe<kj::Own<Outbox>> outbox;
+  kj::Maybe<kj::Own<Inbox>> inbox;
+  kj::Maybe<SleepWord> sleepWord;
+  kj::Maybe<PeerSleepWord> peerSleepWord;
+
+  // Sending.
+  kj::Maybe<kj::Promise<void>> previousWrite;
+  // Resolves when the previous write completes. Null after shutdown().
+  uint pendingWrites = 0;
+  std::deque<WaitingMessage> waiting;
+  std::deque<uint64_t> fdPositions;
+  // Ring positions of published messages with file descriptors that the peer may not have taken.
+  kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> drainedFulfiller;
+  uint64_t servedInterests = 0;
+  bool writeFailed = false;
+  bool shuttingDown = false;
+
+  // Receiving.
+  kj::Maybe<kj::Own<capnp::MessageStream>> plainStream;
+  kj::Canceler readCanceler;
+  kj::Maybe<kj::Exception> failure;
+  // Set once the connection is broken: all further receives fail with it.
+  kj::Maybe<Receiver&> receiver;
+  std::deque<kj::Array<kj::AutoCloseFd>> fdRecords;
+  bool ended = false;
+  kj::Maybe<kj::Exception> endReason;
+  // How the control socket ended, once it did; null for a clean end.
+
+  // Figures.
+  size_t queueSize = 0;
+  size_t queueCount = 0;
+  size_t unflushedSize = 0;
+  size_t unflushedCount = 0;
+  kj::TimePoint currentOutgoingMessageSendTime;
+  DirectionStats outgoingStats;
+  DirectionStats incomingStats;
+  uint64_t bellsRung = 0;
+  uint64_t bellsSaved = 0;
+  uint64_t sleeps = 0;
+  uint64_t heapWaits = 0;
+
+  kj::Own<WindowState> window;
+  kj::Promise<void> controlTask;
+  kj::Promise<void> foreignTask;
+
+  // connection-setup.c++ ------------------------------------------------------
+
+  bool createOutbox();
+  void writeOffer();
+  bool handlePlainBody(capnp::AnyPointer::Reader body, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  void handleControl(protocol::Control::Reader control, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  void handleOffer(protocol::Offer::Reader offer, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  void handleMapped();
+  void decline(kj::StringPtr reason);
+  void stayPlain(kj::StringPtr reason);
+
+  // connection.c++ ------------------------------------------------------------
+
+  void sendMessage(OutgoingMessage& message) override;
+  void sendPlain(OutgoingMessage& message, size_t bytes);
+  void publishWaiting();
+  void announceRegions();
+  void writeControl(kj::Own<ControlMessage> control, kj::Array<kj::AutoCloseFd> fds = nullptr,
+      kj::Maybe<int> borrowedFd = nullptr);
+  kj::Promise<void> enqueueWrite(kj::Function<kj::Promise<void>()> write);
+  void ringPeer();
+
+  kj::Promise<MaybeMessage> receivePlain();
+  kj::Promise<MaybeMessage> receiveShared();
+  MaybeMessage takeOne();
+  void deliver();
+  kj::Promise<void> readControl();
+  void controlEnded(kj::Maybe<kj::Exception> reason);
+  void fail(kj::Exception&& exception);
+  void wake();
+  void endOfTurn() override;
+};
+
+}  // namespace capnpshm

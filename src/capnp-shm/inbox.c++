@@ -1,0 +1,413 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "inbox.h"
+
+#include <algorithm>
+#include <string.h>
+#include <kj/debug.h>
+
+namespace capnpshm {
+
+using capnp::word;
+using kj::uint;
+
+namespace {
+
+void copyPayload(void* target, const void* source, size_t bytes) {
+  // The only place where payload is read that an untrusted peer may be rewriting. The barriers
+  // keep the compiler from reading the source again later instead of the copy.
+  asm volatile("" ::: "memory");
+  memcpy(target, source, bytes);
+  asm volatile("" ::: "memory");
+}
+
+uint64_t loadOnce(const SharedWord& word) {
+  // Relaxed: ordered by the acquire load of `magic`, or by that of a descriptor's stamp.
+  return word.load(std::memory_order_relaxed);
+}
+
+kj::ArrayPtr<const DescriptorLine> findRing(const PeerRegion& region) {
+  auto bytes = region.bytes();
+  auto& header = *reinterpret_cast<const RegionHeader*>(bytes.begin());
+  // Acquire: pairs with the release store in Outbox::writeHeader().
+  KJ_REQUIRE(header.magic.load(std::memory_order_acquire) == REGION_MAGIC,
+      "peer's first region has no header");
+  uint64_t offset = loadOnce(header.ringOffset);
+  uint64_t lines = loadOnce(header.ringLines);
+  KJ_REQUIRE(offset % CACHE_LINE == 0 && offset >= sizeof(RegionHeader) &&
+             offset <= bytes.size() && lines <= (bytes.size() - offset) / sizeof(DescriptorLine),
+      "peer's descriptor ring lies outside its region", offset, lines, bytes.size());
+  return kj::arrayPtr(
+      reinterpret_cast<const DescriptorLine*>(bytes.begin() + offset), lines);
+}
+
+}  // namespace
+
+Inbox::Inbox(kj::Own<Outbox> outboxParam, kj::Own<PeerRegion> firstRegion, uint32_t version,
+             const InboxLimits& limits)
+    : outbox(kj::mv(outboxParam)), limits(limits), ring(findRing(*firstRegion)),
+      publishedPosition(ring.getPosition()) {
+  auto bytes = firstRegion->bytes();
+  auto& header = *reinterpret_cast<const RegionHeader*>(bytes.begin());
+  KJ_REQUIRE(loadOnce(header.version) == version,
+      "peer's first region has a header of another version", loadOnce(header.version), version);
+  KJ_REQUIRE(loadOnce(header.regionBytes) == bytes.size(),
+      "peer's first region has a header with another size", loadOnce(header.regionBytes));
+  uint64_t offset = loadOnce(header.freeOffset);
+  uint64_t entries = loadOnce(header.freeEntries);
+  KJ_REQUIRE(offset % sizeof(SharedWord) == 0 && offset >= sizeof(RegionHeader) &&
+             offset <= bytes.size() && entries <= (bytes.size() - offset) / sizeof(SharedWord),
+      "peer's free ring lies outside its region", offset, entries, bytes.size());
+  peerFreeRing = kj::arrayPtr(
+      reinterpret_cast<const SharedWord*>(bytes.begin() + offset), entries);
+
+  mappedBytes = bytes.size();
+  regions.add(kj::mv(firstRegion));
+  auto ownFreeRing = outbox->getFreeRing();
+  if (ownFreeRing.size() > 0) freeRing = FreeProducer(ownFreeRing, outbox->getHeader().freed);
+}
+
+Inbox::~Inbox() noexcept(false) {}
+
+const RegionHeader& Inbox::getPeerHeader() const {
+  return *reinterpret_cast<const RegionHeader*>(regions[0]->bytes().begin());
+}
+
+bool Inbox::addRegion(uint32_t id, int fd, uint64_t bytes) {
+  KJ_REQUIRE(id == nextRegionId, "peer announced regions out of order", id, nextRegionId);
+  ++nextRegionId;
+  if (bytes > limits.maxBytes - kj::min(limits.maxBytes, mappedBytes)) return false;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    regions.add(kj::atomicRefcounted<PeerRegion>(id, mapPeerRegion(fd, bytes, limits.maxBytes)));
+    mappedBytes += bytes;
+  })) {
+    if (exception->getType() == kj::Exception::Type::OVERLOADED) return false;
+    kj::throwFatalException(kj::mv(*exception));
+  }
+  return true;
+}
+
+PeerRegion& Inbox::findRegion(uint32_t id) {
+  for (auto& region: regions) {
+    if (region->id == id) return *region;
+  }
+  KJ_FAIL_REQUIRE("peer's descriptor refers to a region that is not mapped", id);
+}
+
+kj::ArrayPtr<const byte> Inbox::resolve(const SegmentEntry& entry) {
+  auto bytes = findRegion(entry.region).bytes();
+  uint64_t size = uint64_t(entry.words) * sizeof(word);
+  KJ_REQUIRE(entry.offset % sizeof(word) == 0 && entry.offset <= bytes.size() &&
+             size <= bytes.size() - entry.offset,
+      "peer's descriptor refers to memory outside its region",
+      entry.region, entry.offset, entry.words);
+  return bytes.slice(entry.offset, entry.offset + size);
+}
+
+kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(kj::Function<bool(uint)> fdsArrived) {
+  for (;;) {
+    if (!held && !ring.tryTake(descriptor)) return nullptr;
+
+    auto& head = descriptor.head;
+    KJ_REQUIRE((assembly == nullptr) == (head.kind != DescriptorKind::PART) ||
+               head.kind == DescriptorKind::JUMP,
+        "peer published descriptors in an impossible order", uint(head.kind));
+    if (head.fds > 0 && !fdsArrived(head.fds)) {
+      held = true;
+      return nullptr;
+    }
+    held = false;
+
+    switch (head.kind) {
+      case DescriptorKind::MESSAGE:
+      case DescriptorKind::MESSAGE_TABLE:
+        return takeMessage();
+      case DescriptorKind::BEGIN:
+        beginAssembly();
+        continue;
+      case DescriptorKind::PART:
+        if (continueAssembly()) {
+          auto result = kj::mv(KJ_ASSERT_NONNULL(assembly).message);
+          assembly = nullptr;
+          return kj::mv(result);
+        }
+        continue;
+      case DescriptorKind::JUMP:
+        takeJump();
+        continue;
+      case DescriptorKind::RETIRE:
+        takeRetire();
+        continue;
+    }
+    KJ_FAIL_REQUIRE("peer published a descriptor of an unknown kind", uint(head.kind));
+  }
+}
+
+kj::Own<IncomingMessage> Inbox::takeMessage() {
+  auto& head = descriptor.head;
+  uint count = head.segments;
+  uint inlineWords = head.inlineWords;
+  KJ_REQUIRE(count <= MAX_SEGMENTS, "peer published a message of too many segments", count);
+  KJ_REQUIRE(inlineWords <= descriptor.bodyWords && (inlineWords == 0 || count > 0),
+      "peer published a descriptor with impossible inline data", inlineWords);
+  uint rest = count - (inlineWords > 0 ? 1 : 0);
+
+  capnp::ReaderOptions options;
+  options.traversalLimitInWords = limits.traversalLimitInWords;
+  options.nestingLimit = limits.nestingLimit;
+  auto message = kj::heap<IncomingMessage>(options);
+  message->setFdCount(head.fds);
+
+  auto inlineData = kj::arrayPtr(descriptor.body, inlineWords);
+  auto segments = kj::heapArray<kj::ArrayPtr<const word>>(count);
+
+  if (rest == 0) {
+    auto copy = kj::heapArray<word>(inlineWords);
+    memcpy(copy.asBytes().begin(), inlineData.begin(), inlineWords * sizeof(word));
+    if (count > 0) segments[0] = copy;
+    message->ownCopy(kj::mv(copy));
+    message->setSegments(kj::mv(segments));
+    ++inlineMessages;
+    inlineBytes += inlineWords * sizeof(word);
+    return message;
+  }
+
+  // The table, into private memory.
+  auto body = kj::arrayPtr(descriptor.body + inlineWords, descriptor.bodyWords - inlineWords);
+  KJ_REQUIRE(body.size() >= 1 + SegmentEntry::WORDS,
+      "peer published a descriptor that is too short for its segments", body.size(), rest);
+  uint64_t handle = body[0];
+  body = body.slice(1, body.size());
+  uint tableWords = rest * SegmentEntry::WORDS;
+  kj::Array<uint64_t> longTable;
+  if (head.kind == DescriptorKind::MESSAGE_TABLE) {
+    auto source = resolve(SegmentEntry::unpack(body[0], body[1]));
+    KJ_REQUIRE(source.size() == tableWords * sizeof(word),
+        "peer published a segment table of the wrong size", source.size(), rest);
+    longTable = kj::heapArray<uint64_t>(tableWords);
+    copyPayload(longTable.begin(), source.begin(), source.size());
+    body = longTable;
+  }
+  KJ_REQUIRE(body.size() >= tableWords,
+      "peer published a descriptor that is too short for its segments", body.size(), rest);
+
+  auto sources = kj::heapArray<kj::ArrayPtr<const byte>>(rest);
+  uint64_t restWords = 0;
+  kj::Vector<kj::Own<PeerRegion>> used;
+  for (uint i = 0; i < rest; i++) {
+    auto entry = SegmentEntry::unpack(body[i * 2], body[i * 2 + 1]);
+    sources[i] = resolve(entry);
+    restWords += entry.words;
+    if (limits.inPlace) {
+      bool known = false;
+      for (auto& region: used) known = known || region->id == entry.region;
+      if (!known) used.add(kj::atomicAddRef(findRegion(entry.region)));
+    }
+  }
+  KJ_REQUIRE(inlineWords + restWords <= limits.traversalLimitInWords,
+      "incoming RPC message exceeds size limit", inlineWords + restWords,
+      limits.traversalLimitInWords);
+
+  if (rest > 1) {
+    auto sorted = kj::heapArray<kj::ArrayPtr<const byte>>(sources.asPtr());
+    std::sort(sorted.begin(), sorted.end(), [](auto& a, auto& b) { return a.begin() < b.begin(); });
+    for (uint i = 1; i < rest; i++) {
+      KJ_REQUIRE(sorted[i - 1].end() <= sorted[i].begin() || sorted[i].size() == 0,
+          "peer published a message whose segments overlap");
+    }
+  }
+
+  bool inPlace = limits.inPlace && handle != FREE_BY_CONSUMPTION;
+  auto copy = kj::heapArray<word>(inlineWords + (inPlace ? 0 : restWords));
+  memcpy(copy.asBytes().begin(), inlineData.begin(), inlineWords * sizeof(word));
+  uint index = 0;
+  if (inlineWords > 0) segments[index++] = copy.slice(0, inlineWords);
+  word* target = copy.begin() + inlineWords;
+  for (auto& source: sources) {
+    size_t size = source.size() / sizeof(word);
+    if (inPlace) {
+      segments[index++] = kj::arrayPtr(reinterpret_cast<const word*>(source.begin()), size);
+    } else {
+      copyPayload(target, source.begin(), source.size());
+      segments[index++] = kj::arrayPtr(target, size);
+      target += size;
+      copiedBytes += source.size();
+    }
+  }
+
+  if (inPlace) {
+    KJ_REQUIRE(freeRing != nullptr);
+    message->readInPlace(kj::atomicAddRef(*this), handle, kj::mv(used));
+  } else if (handle == FREE_BY_CONSUMPTION) {
+    consumedBytes += restWords * sizeof(word);
+  } else {
+    release(handle);
+  }
+  message->ownCopy(kj::mv(copy));
+  message->setSegments(kj::mv(segments));
+  return message;
+}
+
+void Inbox::beginAssembly() {
+  auto& head = descriptor.head;
+  KJ_REQUIRE(head.segments >= 1 && head.segments <= MAX_SEGMENTS,
+      "peer began a message of an impossible number of segments", head.segments);
+  auto source = resolve(SegmentEntry::unpack(descriptor.body[1], descriptor.body[2]));
+  KJ_REQUIRE(source.size() == head.segments * sizeof(word),
+      "peer published a segment table of the wrong size", source.size(), head.segments);
+  auto sizes = kj::heapArray<uint64_t>(head.segments);
+  copyPayload(sizes.begin(), source.begin(), source.size());
+  consumedBytes += source.size();
+
+  uint64_t total = 0;
+  for (auto size: sizes) {
+    KJ_REQUIRE(size < (uint64_t(1) << 29), "peer began a message with an impossible segment", size);
+    total += size;
+  }
+  KJ_REQUIRE(total > 0 && total <= limits.traversalLimitInWords,
+      "incoming RPC message exceeds size limit", total, limits.traversalLimitInWords);
+
+  capnp::ReaderOptions options;
+  options.traversalLimitInWords = limits.traversalLimitInWords;
+  options.nestingLimit = limits.nestingLimit;
+  auto message = kj::heap<IncomingMessage>(options);
+  message->setFdCount(head.fds);
+  auto memory = kj::heapArray<word>(total);
+  auto segments = kj::heapArray<kj::ArrayPtr<const word>>(head.segments);
+  size_t position = 0;
+  for (uint i = 0; i < head.segments; i++) {
+    segments[i] = memory.slice(position, position + sizes[i]);
+    position += sizes[i];
+  }
+  message->setSegments(kj::mv(segments));
+  assembly = Assembly { kj::mv(message), kj::mv(memory), 0 };
+}
+
+bool Inbox::continueAssembly() {
+  auto& a = KJ_ASSERT_NONNULL(assembly);
+  auto source = resolve(SegmentEntry::unpack(descriptor.body[1], descriptor.body[2]));
+  size_t words = source.size() / sizeof(word);
+  KJ_REQUIRE(words > 0 && words <= a.memory.size() - a.filled,
+      "peer published a part that does not fit its message", words, a.filled, a.memory.size());
+  copyPayload(a.memory.begin() + a.filled, source.begin(), source.size());
+  a.filled += words;
+  copiedBytes += source.size();
+  consumedBytes += source.size();
+  if (a.filled < a.memory.size()) return false;
+  a.message->ownCopy(kj::mv(a.memory));
+  return true;
+}
+
+void Inbox::takeJump() {
+  auto entry = SegmentEntry::unpack(descriptor.body[0], descriptor.body[1]);
+  auto bytes = resolve(entry);
+  KJ_REQUIRE(entry.offset % CACHE_LINE == 0 && bytes.size() % sizeof(DescriptorLine) == 0,
+      "peer's JUMP leads to a misplaced ring", entry.offset, entry.words);
+  ring.jump(kj::arrayPtr(reinterpret_cast<const DescriptorLine*>(bytes.begin()),
+      bytes.size() / sizeof(DescriptorLine)));
+  ringRegion = kj::atomicAddRef(findRegion(entry.region));
+}
+
+void Inbox::takeRetire() {
+  uint64_t id = descriptor.body[0];
+  for (size_t i = 1; i < regions.size(); i++) {
+    if (regions[i]->id == id) {
+      mappedBytes -= regions[i]->bytes().size();
+      regions[i] = kj::mv(regions.back());
+      regions.removeLast();
+      return;
+    }
+  }
+  KJ_FAIL_REQUIRE("peer retired a region that is not mapped", id);
+}
+
+bool Inbox::publishConsumed(bool force) {
+  uint64_t position = held ? ring.getPosition() - descriptor.head.lines : ring.getPosition();
+  if (position == publishedPosition) return false;
+  if (!force && position - publishedPosition < ring.getLineCount() / 8 &&
+      consumedBytes < mappedBytes / 8) {
+    return false;
+  }
+  // Release: pairs with the acquire loads in Outbox. Our reads of the lines and of the blocks that
+  // were copied come before it.
+  outbox->getHeader().consumed.store(position, std::memory_order_release);
+  publishedPosition = position;
+  consumedBytes = 0;
+  return true;
+}
+
+void Inbox::release(uint64_t handle) {
+  if (owner.isCurrent()) {
+    if (closed) return;
+    KJ_ASSERT_NONNULL(freeRing).push(handle);
+    freedSomething = true;
+    KJ_IF_MAYBE(callback, releaseCallback) (*callback)();
+  } else {
+    std::lock_guard<std::mutex> lock(foreignMutex);
+    foreignReleases.add(handle);
+    // Relaxed: only a hint; the mutex orders the list itself.
+    foreignPending.store(true, std::memory_order_relaxed);
+    KJ_IF_MAYBE(callback, foreignCallback) (*callback)();
+  }
+}
+
+bool Inbox::takeFreed() {
+  if (foreignPending.load(std::memory_order_relaxed)) {
+    kj::Vector<uint64_t> list;
+    {
+      std::lock_guard<std::mutex> lock(foreignMutex);
+      list = kj::mv(foreignReleases);
+      foreignReleases = kj::Vector<uint64_t>();
+      foreignPending.store(false, std::memory_order_relaxed);
+    }
+    for (auto handle: list) {
+      if (closed) break;
+      KJ_ASSERT_NONNULL(freeRing).push(handle);
+      freedSomething = true;
+    }
+  }
+  bool result = freedSomething;
+  freedSomething = false;
+  return result;
+}
+
+void Inbox::onRelease(kj::Function<void()> ownThread, kj::Function<void()> foreignThread) {
+  releaseCallback = kj::mv(ownThread);
+  std::lock_guard<std::mutex> lock(foreignMutex);
+  foreignCallback = kj::mv(foreignThread);
+}
+
+void Inbox::close() {
+  closed = true;
+  releaseCallback = nullptr;
+  std::lock_guard<std::mutex> lock(foreignMutex);
+  foreignCallback = nullptr;
+}
+
+// =======================================================================================
+
+IncomingMessage::IncomingMessage(capnp::ReaderOptions options): MessageReader(options) {}
+
+IncomingMessage::~IncomingMessage() noexcept(false) {
+  KJ_IF_MAYBE(i, inbox) (*i)->release(handle);
+}
+
+void IncomingMessage::setSegments(kj::Array<kj::ArrayPtr<const word>> newSegments) {
+  segments = kj::mv(newSegments);
+  words = 0;
+  for (auto& segment: segments) words += segment.size();
+}
+
+void IncomingMessage::readInPlace(
+    kj::Own<Inbox> newInbox, uint64_t newHandle, kj::Vector<kj::Own<PeerRegion>> newRegions) {
+  inbox = kj::mv(newInbox);
+  handle = newHandle;
+  regions = kj::mv(newRegions);
+}
+
+kj::ArrayPtr<const word> IncomingMessage::getSegment(uint id) {
+  if (id < segments.size()) return segments[id];
+  return nullptr;
+}
+
+}  // namespace capnpshm

@@ -1,0 +1,175 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#pragma once
+
+#include "memfd.h"
+#include "outbox.h"
+#include "ring.h"
+#include <capnp/message.h>
+#include <capnp/rpc.h>
+#include <kj/function.h>
+#include <kj/io.h>
+#include <kj/refcount.h>
+#include <mutex>
+
+namespace capnpshm {
+
+class PeerRegion final: public kj::AtomicRefcounted {
+  // A region of the peer's, mapped read-only. Owned by the inbox and by every message that is read
+  // in place in it.
+
+public:
+  PeerRegion(uint32_t id, Mapping&& mapping): id(id), mapping(kj::mv(mapping)) {}
+
+  const uint32_t id;
+  kj::ArrayPtr<const byte> bytes() const { return mapping.bytes(); }
+
+private:
+  Mapping mapping;
+};
+
+struct InboxLimits {
+  uint64_t traversalLimitInWords;  // Of one message.
+  int nestingLimit;
+  uint64_t maxBytes;               // Of all regions of the peer together.
+  bool inPlace;                    // Whether to read messages where they lie.
+};
+
+class IncomingMessage;
+
+class Inbox final: public kj::AtomicRefcounted {
+  // The peer's memory, read-only: takes messages from its descriptor ring and gives their memory
+  // back. Knows no socket and no promise.
+  //
+  // Whatever the peer writes, the methods here do nothing worse than throw a kj::Exception of type
+  // FAILED that says what was wrong; then the connection is to be closed.
+  //
+  // Owned by the connection and by every message read in place. Belongs to one thread, except
+  // where noted.
+
+public:
+  Inbox(kj::Own<Outbox> outbox, kj::Own<PeerRegion> firstRegion, uint32_t version,
+        const InboxLimits& limits);
+  // Checks the header of the peer's first region. `outbox` is this side's own memory, where it
+  // publishes what it consumed and freed.
+
+  ~Inbox() noexcept(false);
+
+  const RegionHeader& getPeerHeader() const;
+  kj::ArrayPtr<const SharedWord> getPeerFreeRing() const { return peerFreeRing; }
+  // For Outbox::start().
+
+  bool addRegion(uint32_t id, int fd, uint64_t bytes);
+  // Maps a further region. False if it cannot be mapped or goes beyond `maxBytes`; throws if it is
+  // not what the protocol demands.
+
+  bool isReady() const { return !held && ring.isReady(); }
+  // Whether tryTake() may find something. Not if it waits for file descriptors.
+
+  kj::Maybe<kj::Own<IncomingMessage>> tryTake(kj::Function<bool(uint fdCount)> fdsArrived);
+  // The next message, if it is there in whole. If file descriptors belong to it and `fdsArrived`
+  // says that they are not here yet, null; then it is to be tried again when they are.
+
+  bool publishConsumed(bool force);
+  // Tells the peer how far the ring was consumed, if that is enough to be worth a cache miss on its
+  // side or if `force`. True if something was published.
+
+  bool takeFreed();
+  // Whether handles were freed since the last call, so that a peer that wants room must be woken.
+  // Also frees what was released on other threads.
+
+  void close();
+  // The connection is gone: messages need not be given back any more.
+
+  uint64_t getCopiedBytes() const { return copiedBytes; }
+  uint64_t getInlineMessages() const { return inlineMessages; }
+  uint64_t getInlineBytes() const { return inlineBytes; }
+
+  void release(uint64_t handle);
+  // A message read in place is no longer needed. Any thread.
+
+  void onRelease(kj::Function<void()> ownThread, kj::Function<void()> foreignThread);
+  // What to call when a message read in place was released: on the owner's thread, or on any other
+  // one, under a lock.
+
+private:
+  struct Assembly {
+    // A message that comes in parts.
+    kj::Own<IncomingMessage> message;
+    kj::Array<capnp::word> memory;
+    size_t filled;
+  };
+
+  kj::Own<Outbox> outbox;
+  InboxLimits limits;
+  OwnerThread owner;
+  kj::Vector<kj::Own<PeerRegion>> regions;
+  kj::ArrayPtr<const SharedWord> peerFreeRing;
+  kj::Maybe<kj::Own<PeerRegion>> ringRegion;  // Where the ring lies after a JUMP.
+  DescriptorConsumer ring;
+  kj::Maybe<FreeProducer> freeRing;
+  uint64_t nextRegionId = 1;
+  uint64_t mappedBytes = 0;
+
+  Descriptor descriptor;
+  bool held = false;             // `descriptor` waits for its file descriptors.
+  kj::Maybe<Assembly> assembly;
+  uint64_t publishedPosition;
+  uint64_t consumedBytes = 0;    // Of blocks, since consumption was last published.
+  bool freedSomething = false;
+  kj::Maybe<kj::Function<void()>> releaseCallback;
+  bool closed = false;
+  uint64_t copiedBytes = 0;
+  uint64_t inlineMessages = 0;
+  uint64_t inlineBytes = 0;
+
+  std::mutex foreignMutex;
+  kj::Vector<uint64_t> foreignReleases;
+  kj::Maybe<kj::Function<void()>> foreignCallback;  // Guarded by the mutex, as the list is.
+  std::atomic<bool> foreignPending{false};
+
+  PeerRegion& findRegion(uint32_t id);
+  kj::ArrayPtr<const byte> resolve(const SegmentEntry& entry);
+  kj::Own<IncomingMessage> takeMessage();
+  void beginAssembly();
+  bool continueAssembly();
+  void takeJump();
+  void takeRetire();
+};
+
+class IncomingMessage final: public capnp::IncomingRpcMessage, private capnp::MessageReader {
+  // A message received: either a private copy, or segments in the peer's memory, which are given
+  // back when it is destroyed, on whichever thread.
+
+public:
+  explicit IncomingMessage(capnp::ReaderOptions options);
+  ~IncomingMessage() noexcept(false);
+
+  void setSegments(kj::Array<kj::ArrayPtr<const capnp::word>> segments);
+  void ownCopy(kj::Array<capnp::word> memory) { copy = kj::mv(memory); }
+  void readInPlace(kj::Own<Inbox> inbox, uint64_t handle, kj::Vector<kj::Own<PeerRegion>> regions);
+
+  uint getFdCount() const { return fdCount; }
+  void setFdCount(uint count) { fdCount = count; }
+  void attachFds(kj::Array<kj::AutoCloseFd> fds) { this->fds = kj::mv(fds); }
+
+  // implements IncomingRpcMessage ---------------------------------------------
+
+  capnp::AnyPointer::Reader getBody() override { return getRoot<capnp::AnyPointer>(); }
+  kj::ArrayPtr<kj::AutoCloseFd> getAttachedFds() override { return fds; }
+  size_t sizeInWords() override { return words; }
+
+private:
+  kj::Array<kj::ArrayPtr<const capnp::word>> segments;
+  size_t words = 0;
+  kj::Array<capnp::word> copy;
+  kj::Vector<kj::Own<PeerRegion>> regions;
+  kj::Maybe<kj::Own<Inbox>> inbox;
+  uint64_t handle = 0;
+  uint fdCount = 0;
+  kj::Array<kj::AutoCloseFd> fds;
+
+  kj::ArrayPtr<const capnp::word> getSegment(uint id) override;
+};
+
+}  // namespace capnpshm

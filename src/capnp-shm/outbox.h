@@ -1,0 +1,238 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#pragma once
+
+#include "arena.h"
+#include "memfd.h"
+#include "ring.h"
+#include <capnp/common.h>
+#include <kj/debug.h>
+#include <kj/mutex.h>
+#include <kj/refcount.h>
+#include <deque>
+#include <mutex>
+
+namespace capnpshm {
+
+class OutgoingMessage;
+
+class OwnerThread {
+  // Remembers the thread and process in which it was made.
+
+public:
+  OwnerThread();
+  bool isCurrent() const;
+
+private:
+  const void* thread;
+  uint64_t generation;
+};
+
+class Parcel {
+  // The blocks of one message in shared memory, from their allocation until both the builder is
+  // destroyed and the peer has released them.
+
+public:
+  struct Use {
+    Arena::Block* block;
+    size_t dirtyBytes;
+  };
+  kj::Vector<Use> uses;
+  // The builder's blocks. `dirtyBytes` is set when the builder goes.
+
+  Arena::Block* copy = nullptr;
+  size_t copiedBytes = 0;
+  // A block which we filled ourselves at send(); no builder knows it.
+
+private:
+  uint32_t index = 0;
+  uint32_t generation = 0;
+  bool taken = false;
+  bool builderAlive = false;
+  bool peerHolds = false;
+
+  friend class Outbox;
+};
+
+struct OutboxLimits {
+  size_t firstRegionBytes;  // A multiple of the page size.
+  size_t maxBytes;
+  uint freeEntries;         // For the free ring, in which our side frees what it reads; or 0.
+};
+
+class Outbox final: public kj::AtomicRefcounted {
+  // The memory that this side writes: regions, arena, descriptor ring. Turns messages into
+  // descriptors and takes memory back when the peer is done with it. Knows no socket and no
+  // promise; the connection carries its announcements and wakes the peer.
+  //
+  // Invariants:
+  // - A descriptor refers only to regions that the peer has mapped.
+  // - At least a quarter of the memory is never held by builders nor by messages read in place, so
+  //   that copies always find room sooner or later and held messages can stall nothing.
+  // - A block is reused only when its builder is destroyed and the peer has released it.
+  //
+  // Owned by the connection and by every message that has memory here, so it outlives the
+  // connection as long as it must. Belongs to one thread, except where noted.
+
+public:
+  explicit Outbox(const OutboxLimits& limits);
+  // Makes the first region. Throws if the system refuses; see createRegion().
+
+  ~Outbox() noexcept(false);
+
+  bool isOwnerThread() const { return owner.isCurrent(); }
+  // Any thread.
+
+  // -------------------------------------------------------------------
+  // Setting up
+
+  int getFirstRegionFd() const;
+  size_t getFirstRegionBytes() const;
+
+  void writeHeader(uint32_t version);
+  // Fills in the header of the first region, after the version was agreed.
+
+  RegionHeader& getHeader();
+  kj::ArrayPtr<SharedWord> getFreeRing();
+  // The words which this side writes as a reader; see Inbox.
+
+  void start(const RegionHeader& peerHeader, kj::ArrayPtr<const SharedWord> peerFreeRing);
+  // From here on messages can be published. `peerHeader` (whose `consumed` and `freed` we read)
+  // and `peerFreeRing` (empty if the peer copies everything) must stay mapped as long as
+  // the other methods are called.
+
+  // -------------------------------------------------------------------
+  // Regions
+
+  struct Announcement {
+    uint32_t id;
+    size_t bytes;
+    int fd;
+  };
+  kj::Maybe<Announcement> takeAnnouncement();
+  // A region which the peer must be told of, if there is one and no more than three announcements
+  // are unanswered. The fd stays ours.
+
+  void regionMapped(uint32_t id);
+  void regionRefused(uint32_t id);
+  // The peer's answer. Throws if nothing was announced under that id.
+
+  // -------------------------------------------------------------------
+  // Building
+
+  kj::Maybe<Arena::Block&> tryAllocate(Parcel*& parcel, size_t bytes);
+  // A zeroed block for a builder, charged to `parcel`, which is made if it is null. Null if memory
+  // is short: then the builder uses the heap.
+
+  void builderGone(Parcel& parcel);
+  // The builder is destroyed and `dirtyBytes` of all its uses are set. Any thread.
+
+  kj::Array<capnp::word> takeScratch(size_t words);
+  void returnScratch(kj::Array<capnp::word>&& scratch, size_t dirtyWords);
+  // Zeroed private memory for first segments, kept warm.
+
+  // -------------------------------------------------------------------
+  // Publishing
+
+  bool tryPublish(OutgoingMessage& message, uint fdCount);
+  // Publishes a message, or as much of it as there is room for. False if (the rest of) it must
+  // wait: for room, or until the peer has mapped a region. Then it must be tried again before any
+  // other message.
+
+  bool hasNews() const;
+  // Whether the peer has consumed or freed something since reclaim() was last called.
+
+  void reclaim();
+  // Takes back what the peer has consumed and freed. Throws if it claims the impossible.
+
+  bool hasForeignReleases() const;
+  // Whether a builder was destroyed on another thread since reclaim() was last called.
+
+  uint64_t getPosition() const { return KJ_ASSERT_NONNULL(ring).getPosition(); }
+  uint64_t getConsumed() const { return KJ_ASSERT_NONNULL(ring).getConsumed(); }
+  // Of the descriptor ring: what is published, and what reclaim() has seen consumed.
+
+  // -------------------------------------------------------------------
+  // Figures
+
+  struct Figures {
+    uint64_t inlineMessages = 0, inlineBytes = 0;
+    uint64_t referencedMessages = 0, referencedBytes = 0;
+    uint64_t copiedBytes = 0;
+  };
+  const Figures& getFigures() const { return figures; }
+  uint getRegionCount() const;
+  size_t getRegionBytes() const { return totalBytes; }
+  size_t getRingBytes() const;
+  size_t getRingBytesInUse() const;
+  size_t getArenaBytesInUse() const { return arena.getBytesInUse(); }
+
+private:
+  struct Region {
+    enum State { LOCAL, ANNOUNCED, MAPPED, REFUSED };
+
+    uint32_t id;
+    State state;
+    size_t bytes;
+    uint64_t lastUsed;  // Value of `published` when it was last seen in use.
+    OwnRegion memory;
+  };
+
+  struct InFlight {
+    // Blocks that are free once the peer has consumed the ring up to `position`.
+    uint64_t position;
+    Parcel* parcel;     // Of a message, or null:
+    Arena::Block* block;
+    size_t dirtyBytes;
+  };
+
+  struct Progress {
+    // Of the message that is on its way in parts.
+    bool active = false;
+    uint segment = 0;
+    size_t word = 0;
+  };
+
+  OutboxLimits limits;
+  OwnerThread owner;
+  Arena arena;
+  kj::Vector<kj::Own<Region>> regions;
+  uint32_t nextRegionId = 1;
+  uint unanswered = 0;
+  size_t totalBytes = 0;
+  size_t retiredBytes = 0;
+  bool growthAllowed = true;
+
+  kj::Vector<kj::Own<Parcel>> parcels;
+  kj::Vector<Parcel*> spareParcels;
+  kj::Vector<kj::Array<capnp::word>> scratches;
+
+  kj::Maybe<DescriptorProducer> ring;
+  uint timesFull = 0;
+  const RegionHeader* peerHeader = nullptr;
+  kj::Maybe<FreeConsumer> freeRing;
+  std::deque<InFlight> inFlight;
+  size_t outstandingHandles = 0;
+  Progress progress;
+  uint64_t published = 0;
+  Figures figures;
+
+  mutable std::mutex foreignMutex;
+  kj::Vector<Parcel*> foreignReleases;
+  std::atomic<bool> foreignPending{false};
+
+  Parcel& newParcel();
+  void recycle(Parcel& parcel);
+  void releaseIfDone(Parcel& parcel);
+  void drainForeignReleases();
+  Region* findRegion(uint32_t id);
+  kj::Maybe<Arena::Block&> allocateOrGrow(size_t bytes);
+  bool tryGrow(size_t bytes);
+  void tryGrowRing();
+  void retireUnused();
+  bool mayHold(size_t bytes);
+  bool publishInParts(OutgoingMessage& message, uint fdCount);
+  bool ringHasRoom(uint bodyWords);
+};
+
+}  // namespace capnpshm
