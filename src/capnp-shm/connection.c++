@@ -284,10 +284,13 @@ void SharedMemoryConnection::publishWaiting() {
     if (front.fdState == WaitingMessage::WRITING) break;
 
     uint fdCount = front.message->getFds().size();
+    uint64_t before = o.getPosition();
     bool published = o.tryPublish(*front.message, fdCount);
     announceRegions();
-    servedInterests |= WANT_DATA;  // Even if it was only a part.
-    active();
+    if (o.getPosition() != before) {  // Perhaps only a part.
+      servedInterests |= WANT_DATA;
+      active();
+    }
     if (!published) break;
     if (fdCount > 0) fdPositions.push_back(o.getPosition());
     --queueCount;
