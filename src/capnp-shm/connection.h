@@ -54,6 +54,10 @@ public:
   kj::Promise<void> shutdown() override;
 
 private:
+  static constexpr uint64_t BELL = ~uint64_t(0);
+  // What is sent to wake the peer. As a frame header it would announce 2^32 segments, so it cannot
+  // be one.
+
   using MaybeMessage = kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>;
 
   class Receiver;
@@ -147,7 +151,7 @@ private:
   void decline(kj::StringPtr reason);
   void stayPlain(kj::StringPtr reason);
 
-  // connection.c++ ------------------------------------------------------------
+  // connection-send.c++ -------------------------------------------------------
 
   void sendMessage(OutgoingMessage& message) override;
   void sendPlain(OutgoingMessage& message, size_t bytes);
@@ -157,6 +161,8 @@ private:
       kj::Maybe<int> borrowedFd = nullptr);
   kj::Promise<void> enqueueWrite(kj::Function<kj::Promise<void>()> write);
   void ringPeer();
+
+  // connection.c++ ------------------------------------------------------------
 
   kj::Promise<MaybeMessage> receivePlain();
   kj::Promise<MaybeMessage> receiveShared();

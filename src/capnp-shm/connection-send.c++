@@ -1,0 +1,262 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "connection.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <capnp/serialize.h>
+#include <kj/debug.h>
+
+// The sending half of a SharedMemoryConnection: plain frames, publishing, the chain of control
+// writes, bells, shutdown. Receiving is in connection.c++.
+
+namespace capnpshm {
+
+using capnp::word;
+
+namespace {
+
+constexpr uint MAX_FDS_AHEAD = 64;
+constexpr uint MAX_UNRUNG_MESSAGES = 32;
+
+size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
+  return capnp::computeSerializedSizeInWords(segments) * sizeof(word);
+}
+
+}  // namespace
+
+kj::Own<capnp::OutgoingRpcMessage> SharedMemoryConnection::newOutgoingMessage(
+    uint firstSegmentWordSize) {
+  MessageSender& sender = *this;
+  if (owner.isCurrent() && outgoingShared) {
+    return kj::atomicRefcounted<OutgoingMessage>(
+        kj::atomicAddRef(*KJ_ASSERT_NONNULL(outbox)), sender, firstSegmentWordSize);
+  } else {
+    return kj::atomicRefcounted<OutgoingMessage>(sender, firstSegmentWordSize);
+  }
+}
+
+void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
+  KJ_REQUIRE(owner.isCurrent(), "messages must be sent on the thread of the event loop");
+
+  size_t size = 0;
+  for (auto& segment: message.getSegments()) size += segment.size();
+  KJ_REQUIRE(size < receiveOptions.traversalLimitInWords, size,
+      "Trying to send Cap'n Proto message larger than our single-message size limit. The "
+      "other side probably won't accept it (assuming its traversalLimitInWords matches "
+      "ours) and would abort the connection, so I won't send it.") {
+    return;
+  }
+  KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
+  if (failure != nullptr) return;
+  if (maxFdsPerMessage == 0) message.setFds(nullptr);
+
+  size_t bytes = size * sizeof(word);
+  if (getCurrentQueueCount() == 0) currentOutgoingMessageSendTime = clock.now();
+  ++outgoingStats.messages;
+  outgoingStats.bytes += bytes;
+
+  if (!outgoingShared) {
+    sendPlain(message, bytes);
+    return;
+  }
+
+  active();
+  auto fds = message.getFds();
+  if (waiting.empty() && fds.size() == 0) {
+    announceRegions();
+    bool published = false;
+    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+      published = KJ_ASSERT_NONNULL(outbox)->tryPublish(message, 0);
+    })) {
+      fail(kj::mv(*exception));
+      return;
+    }
+    if (published) {
+      ++unflushedCount;
+      unflushedSize += bytes;
+      servedInterests |= WANT_DATA;
+      if (unflushedCount % MAX_UNRUNG_MESSAGES == 0) ringPeer();
+      return;
+    }
+    announceRegions();
+  }
+
+  auto copies = KJ_MAP(fd, fds) -> kj::AutoCloseFd {
+    int copy;
+    KJ_SYSCALL(copy = fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    return kj::AutoCloseFd(copy);
+  };
+  ++heapWaits;
+  ++queueCount;
+  queueSize += bytes;
+  waiting.push_back(WaitingMessage { kj::atomicAddRef(message), kj::mv(copies),
+      fds.size() > 0 ? WaitingMessage::UNSENT : WaitingMessage::NONE, bytes });
+  publishWaiting();
+}
+
+void SharedMemoryConnection::sendPlain(OutgoingMessage& message, size_t bytes) {
+  ++queueCount;
+  queueSize += bytes;
+  auto sendTime = clock.now();
+  size_t wireBytes = frameBytes(message.getSegments());
+  auto done = kj::defer([this, bytes]() {
+    queueSize -= bytes;
+    --queueCount;
+  });
+  auto own = kj::atomicAddRef(message);
+  auto& m = *own;
+  previousWrite = enqueueWrite([this, &m, sendTime, wireBytes]() {
+    currentOutgoingMessageSendTime = sendTime;
+    ++outgoingStats.socketMessages;
+    outgoingStats.socketMessageBytes += wireBytes;
+    outgoingStats.socketBytes += wireBytes;
+    KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(m.getFds(), m.getSegments());
+    return capnp::writeMessage(stream, m.getFds(), m.getSegments());
+  }).attach(kj::mv(own), kj::mv(done)).eagerlyEvaluate(nullptr);
+  // eagerlyEvaluate() after attach(), so that the message is released as soon as it is written.
+}
+
+kj::Promise<void> SharedMemoryConnection::enqueueWrite(
+    kj::Function<kj::Promise<void>()> write) {
+  ++pendingWrites;
+  return KJ_ASSERT_NONNULL(previousWrite, "already shut down")
+      .then([write = kj::mv(write)]() mutable { return write(); })
+      .then([this]() { --pendingWrites; }, [this](kj::Exception&& exception) {
+    // Since no one checks write failures, they become read failures, or a caller would wait for
+    // ever for a reply. In shared memory the read side learns it from the socket by itself, after
+    // everything that the peer had published.
+    writeFailed = true;
+    if (!incomingShared) fail(kj::cp(exception));
+    kj::throwRecoverableException(kj::mv(exception));
+  });
+}
+
+void SharedMemoryConnection::writeControl(kj::Own<ControlMessage> control,
+    kj::Array<kj::AutoCloseFd> fds, kj::Maybe<int> borrowedFd) {
+  if (previousWrite == nullptr) return;  // Shut down; nobody wants it any more.
+  auto segments = control->getMessage().getSegmentsForOutput();
+  outgoingStats.socketBytes += frameBytes(segments);
+  auto numbers = kj::heapArrayBuilder<int>(fds.size() + (borrowedFd == nullptr ? 0 : 1));
+  for (auto& fd: fds) numbers.add(fd.get());
+  KJ_IF_MAYBE(fd, borrowedFd) numbers.add(*fd);
+  previousWrite = enqueueWrite([this, segments, numbers = numbers.finish()]() {
+    return capnp::writeMessage(stream, numbers, segments);
+  }).attach(kj::mv(control), kj::mv(fds)).eagerlyEvaluate(nullptr);
+}
+
+void SharedMemoryConnection::announceRegions() {
+  auto& o = *KJ_ASSERT_NONNULL(outbox);
+  for (;;) {
+    KJ_IF_MAYBE(announcement, o.takeAnnouncement()) {
+      auto message = kj::heap<ControlMessage>();
+      auto region = message->get().initRegion();
+      region.setId(announcement->id);
+      region.setBytes(announcement->bytes);
+      writeControl(kj::mv(message), nullptr, announcement->fd);
+    } else {
+      return;
+    }
+  }
+}
+
+void SharedMemoryConnection::publishWaiting() {
+  auto& o = *KJ_ASSERT_NONNULL(outbox);
+  o.reclaim();
+  while (!fdPositions.empty() && fdPositions.front() <= o.getConsumed()) fdPositions.pop_front();
+
+  while (!waiting.empty()) {
+    auto& front = waiting.front();
+    if (front.fdState == WaitingMessage::UNSENT) {
+      if (fdPositions.size() >= MAX_FDS_AHEAD) break;
+      front.fdState = WaitingMessage::WRITING;
+      auto message = kj::heap<ControlMessage>();
+      message->get().setFds(front.fds.size());
+      writeControl(kj::mv(message), kj::mv(front.fds));
+      previousWrite = KJ_ASSERT_NONNULL(previousWrite).then([this]() {
+        if (waiting.empty()) return;
+        waiting.front().fdState = WaitingMessage::WRITTEN;
+        active();
+      }).eagerlyEvaluate(nullptr);
+    }
+    if (front.fdState == WaitingMessage::WRITING) break;
+
+    uint fdCount = front.message->getFds().size();
+    uint64_t before = o.getPosition();
+    bool published = o.tryPublish(*front.message, fdCount);
+    announceRegions();
+    if (o.getPosition() != before) {  // Perhaps only a part.
+      servedInterests |= WANT_DATA;
+      active();
+    }
+    if (!published) break;
+    if (fdCount > 0) fdPositions.push_back(o.getPosition());
+    --queueCount;
+    queueSize -= front.bytes;
+    ++unflushedCount;
+    unflushedSize += front.bytes;
+    waiting.pop_front();
+  }
+
+  if (waiting.empty()) {
+    KJ_IF_MAYBE(fulfiller, drainedFulfiller) (*fulfiller)->fulfill();
+  }
+}
+
+void SharedMemoryConnection::ringPeer() {
+  uint64_t served = servedInterests;
+  servedInterests = 0;
+  KJ_IF_MAYBE(p, peerSleepWord) {
+    if (!p->mustRing(served)) {
+      if (served & WANT_DATA) ++bellsSaved;
+      return;
+    }
+  } else {
+    return;
+  }
+  ++bellsRung;
+  outgoingStats.socketBytes += sizeof(BELL);
+  if (pendingWrites > 0) {
+    // Behind the frame that is being written.
+    if (previousWrite == nullptr || writeFailed) return;
+    previousWrite = enqueueWrite([this]() { return stream.write(&BELL, sizeof(BELL)); })
+        .eagerlyEvaluate(nullptr);
+    return;
+  }
+  // A full socket buffer means that there are bells in it already. Any other error is for the
+  // read side to find.
+  ssize_t n;
+  do {
+    n = ::send(socket, &BELL, sizeof(BELL), MSG_DONTWAIT | MSG_NOSIGNAL);
+  } while (n < 0 && errno == EINTR);
+}
+
+kj::Promise<void> SharedMemoryConnection::shutdown() {
+  KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
+  auto end = [this]() { stream.shutdownWrite(); };
+  if (!outgoingShared || failure != nullptr) {
+    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(end);
+    previousWrite = nullptr;
+    return result;
+  }
+
+  kj::Promise<void> drained = kj::READY_NOW;
+  if (!waiting.empty()) {
+    auto paf = kj::newPromiseAndFulfiller<void>();
+    drained = kj::mv(paf.promise);
+    drainedFulfiller = kj::mv(paf.fulfiller);
+  }
+  // The queue of control writes stays open while messages wait: they may need announcements.
+  shuttingDown = true;
+  return drained.then([this, end]() {
+    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(end);
+    previousWrite = nullptr;
+    return result;
+  }).exclusiveJoin(stream.whenWriteDisconnected().then([]() {
+    kj::throwFatalException(KJ_EXCEPTION(DISCONNECTED,
+        "peer disconnected before all messages were delivered"));
+  }));
+}
+
+}  // namespace capnpshm

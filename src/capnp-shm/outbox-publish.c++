@@ -1,0 +1,275 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "outbox.h"
+
+#include "message.h"
+#include <string.h>
+#include <kj/debug.h>
+
+// How an Outbox turns messages into descriptors. Memory and regions are in outbox.c++.
+
+namespace capnpshm {
+
+using capnp::word;
+using kj::uint;
+
+namespace {
+
+constexpr uint MAX_RING_LINES = 8192;
+constexpr uint MAX_INLINE_WORDS = 20;
+constexpr uint TIMES_FULL_BEFORE_GROWTH = 4;
+
+static_assert(bodyCapacity(3) == MAX_INLINE_WORDS, "three lines hold the longest inline message");
+
+}  // namespace
+
+bool Outbox::ringHasRoom(uint bodyWords) {
+  auto& r = KJ_ASSERT_NONNULL(ring);
+  uint lines = linesForBody(bodyWords);
+  if (r.hasRoom(lines)) return true;
+  reclaim();
+  if (r.hasRoom(lines)) return true;
+  if (++timesFull >= TIMES_FULL_BEFORE_GROWTH) {
+    tryGrowRing();
+    return r.hasRoom(lines);
+  }
+  return false;
+}
+
+void Outbox::tryGrowRing() {
+  auto& r = KJ_ASSERT_NONNULL(ring);
+  size_t lines = r.getLineCount() * 4;
+  if (lines > MAX_RING_LINES) return;
+  size_t bytes = lines * sizeof(DescriptorLine);
+  if (!mayHold(bytes)) return;
+  KJ_IF_MAYBE(block, allocateOrGrow(bytes)) {
+    Region* region = findRegion(block->getRegion());
+    if (region->state != Region::MAPPED) {
+      // The region is on its way; next time.
+      arena.free(*block, 0);
+      return;
+    }
+    SegmentEntry target { region->id, uint32_t(bytes / sizeof(word)), block->getOffset() };
+    r.jump(target, kj::arrayPtr(
+        reinterpret_cast<DescriptorLine*>(block->bytes().begin()), lines));
+    timesFull = 0;
+  }
+}
+
+bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
+  if (progress.active) return publishInParts(message, fdCount);
+
+  auto segments = message.getSegments();
+  KJ_REQUIRE(segments.size() <= MAX_SEGMENTS, "message has too many segments", segments.size());
+  auto& r = KJ_ASSERT_NONNULL(ring);
+
+  bool firstInline = segments.size() > 0 && segments[0].size() <= MAX_INLINE_WORDS;
+  uint inlineWords = firstInline ? segments[0].size() : 0;
+  auto rest = segments.slice(firstInline ? 1 : 0, segments.size());
+
+  uint64_t body[MAX_BODY_WORDS];
+  uint bodyWords = 0;
+  for (uint i = 0; i < inlineWords; i++) {
+    memcpy(&body[bodyWords++], segments[0].begin() + i, sizeof(word));
+  }
+
+  size_t totalBytes = 0;
+  for (auto& segment: segments) totalBytes += segment.size() * sizeof(word);
+  DescriptorHead head { DescriptorKind::MESSAGE, 0, uint16_t(segments.size()), uint16_t(fdCount),
+                        uint16_t(inlineWords) };
+
+  if (rest.size() == 0) {
+    if (!ringHasRoom(bodyWords)) return false;
+    r.publish(head, kj::arrayPtr(body, bodyWords));
+    ++published;
+    ++figures.inlineMessages;
+    figures.inlineBytes += totalBytes;
+    return true;
+  }
+
+  // What must be copied: segments that are not in shared memory, and the table if it is too long
+  // for the descriptor.
+  uint tableWords = rest.size() * SegmentEntry::WORDS;
+  bool tableInArena = bodyWords + 1 + tableWords > MAX_BODY_WORDS;
+  size_t copyWords = tableInArena ? tableWords : 0;
+  for (auto& segment: rest) {
+    bool inPlace = false;
+    KJ_IF_MAYBE(block, message.findBlock(segment.begin())) {
+      auto region = findRegion(block->getRegion());
+      if (region != nullptr && region->state == Region::MAPPED) {
+        inPlace = true;
+      } else if (region != nullptr && region->state != Region::REFUSED) {
+        return false;  // Until the peer has answered.
+      }
+    }
+    if (!inPlace) copyWords += segment.size();
+  }
+
+  if (!ringHasRoom(bodyWords + 1 + (tableInArena ? SegmentEntry::WORDS : tableWords))) {
+    return false;
+  }
+
+  Arena::Block* copy = nullptr;
+  if (copyWords > 0) {
+    size_t copyBytes = copyWords * sizeof(word);
+    if (copyBytes > limits.maxBytes / 4) return publishInParts(message, fdCount);
+    KJ_IF_MAYBE(block, allocateOrGrow(copyBytes)) {
+      copy = block;
+    } else {
+      reclaim();
+      KJ_IF_MAYBE(block2, arena.tryAllocate(copyBytes)) {
+        copy = block2;
+      } else if (inFlight.empty()) {
+        // Nothing that the peer consumes will make a larger gap: held blocks are in between.
+        return publishInParts(message, fdCount);
+      } else {
+        return false;
+      }
+    }
+    auto region = findRegion(copy->getRegion());
+    if (region->state != Region::MAPPED) {
+      arena.free(*copy, 0);
+      return false;
+    }
+  }
+
+  // From here on nothing fails.
+  Parcel* parcel;
+  KJ_IF_MAYBE(p, message.getParcel()) {
+    parcel = p;
+  } else {
+    parcel = &newParcel();
+  }
+  parcel->copy = copy;
+  parcel->copiedBytes = copyWords * sizeof(word);
+  parcel->peerHolds = true;
+
+  size_t capacity = 0;
+  KJ_IF_MAYBE(f, freeRing) capacity = f->getCapacity();
+  bool byHandle = outstandingHandles < capacity && mayHold(0);
+  body[bodyWords++] = byHandle
+      ? uint64_t(parcel->index) | uint64_t(parcel->generation) << 32 : FREE_BY_CONSUMPTION;
+
+  byte* copyPosition = copy == nullptr ? nullptr : copy->bytes().begin();
+  uint64_t copyOffset = copy == nullptr ? 0 : copy->getOffset();
+  uint32_t copyRegion = copy == nullptr ? 0 : copy->getRegion();
+  auto place = [&](kj::ArrayPtr<const word> words) {
+    SegmentEntry entry { copyRegion, uint32_t(words.size()), copyOffset };
+    memcpy(copyPosition, words.begin(), words.size() * sizeof(word));
+    copyPosition += words.size() * sizeof(word);
+    copyOffset += words.size() * sizeof(word);
+    figures.copiedBytes += words.size() * sizeof(word);
+    return entry;
+  };
+
+  uint64_t* table = body + bodyWords;
+  if (tableInArena) {
+    head.kind = DescriptorKind::MESSAGE_TABLE;
+    SegmentEntry entry { copyRegion, tableWords, copyOffset };
+    body[bodyWords++] = entry.packFirst();
+    body[bodyWords++] = entry.offset;
+    table = reinterpret_cast<uint64_t*>(copyPosition);
+    copyPosition += tableWords * sizeof(word);
+    copyOffset += tableWords * sizeof(word);
+  } else {
+    bodyWords += tableWords;
+  }
+
+  for (auto& segment: rest) {
+    SegmentEntry entry;
+    Arena::Block* own = nullptr;
+    KJ_IF_MAYBE(block, message.findBlock(segment.begin())) {
+      if (findRegion(block->getRegion())->state == Region::MAPPED) own = block;
+    }
+    if (own != nullptr) {
+      entry = { own->getRegion(), uint32_t(segment.size()), own->getOffset() };
+    } else {
+      entry = place(segment);
+    }
+    *table++ = entry.packFirst();
+    *table++ = entry.offset;
+  }
+
+  r.publish(head, kj::arrayPtr(body, bodyWords));
+  ++published;
+  ++figures.referencedMessages;
+  figures.referencedBytes += totalBytes;
+  if (byHandle) {
+    ++outstandingHandles;
+  } else {
+    inFlight.push_back({ r.getPosition(), parcel, nullptr, 0 });
+  }
+  if (published % 256 == 0) retireUnused();
+  return true;
+}
+
+bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
+  auto& r = KJ_ASSERT_NONNULL(ring);
+  auto segments = message.getSegments();
+
+  auto allocateMapped = [&](size_t bytes, size_t least) -> Arena::Block* {
+    // As much as there is, from `bytes` down to `least`.
+    for (;;) {
+      KJ_IF_MAYBE(block, allocateOrGrow(bytes)) {
+        auto region = findRegion(block->getRegion());
+        if (region->state == Region::MAPPED) return block;
+        arena.free(*block, 0);
+        return nullptr;
+      }
+      if (bytes == least) return nullptr;
+      bytes = kj::max(bytes / 2 / CACHE_LINE * CACHE_LINE, least);
+    }
+  };
+
+  uint64_t body[1 + SegmentEntry::WORDS];
+  body[0] = FREE_BY_CONSUMPTION;
+  auto publish = [&](DescriptorHead head, Arena::Block& block, size_t words) {
+    SegmentEntry entry { block.getRegion(), uint32_t(words), block.getOffset() };
+    body[1] = entry.packFirst();
+    body[2] = entry.offset;
+    r.publish(head, kj::arrayPtr(body, kj::size(body)));
+    inFlight.push_back({ r.getPosition(), nullptr, &block, words * sizeof(word) });
+    figures.copiedBytes += words * sizeof(word);
+  };
+
+  reclaim();
+  if (!ringHasRoom(kj::size(body))) return false;
+
+  if (!progress.active) {
+    size_t bytes = segments.size() * sizeof(word);
+    Arena::Block* block = allocateMapped(bytes, bytes);
+    if (block == nullptr) return false;
+    auto table = reinterpret_cast<uint64_t*>(block->bytes().begin());
+    for (size_t i = 0; i < segments.size(); i++) table[i] = segments[i].size();
+    publish({ DescriptorKind::BEGIN, 0, uint16_t(segments.size()), uint16_t(fdCount), 0 },
+        *block, segments.size());
+    progress = Progress { true, 0, 0 };
+  }
+
+  while (progress.segment < segments.size()) {
+    auto& segment = segments[progress.segment];
+    if (progress.word == segment.size()) {
+      ++progress.segment;
+      progress.word = 0;
+      continue;
+    }
+    if (!ringHasRoom(kj::size(body))) return false;
+    size_t rest = (segment.size() - progress.word) * sizeof(word);
+    size_t wanted = kj::min(rest, kj::max(limits.maxBytes / 16, size_t(4096)));
+    Arena::Block* block = allocateMapped(wanted, kj::min(wanted, CACHE_LINE));
+    if (block == nullptr) return false;
+    size_t words = kj::min(wanted, block->bytes().size()) / sizeof(word);
+    words = kj::min(words, segment.size() - progress.word);
+    memcpy(block->bytes().begin(), segment.begin() + progress.word, words * sizeof(word));
+    publish({ DescriptorKind::PART, 0, 0, 0, 0 }, *block, words);
+    progress.word += words;
+  }
+
+  progress = Progress();
+  ++published;
+  ++figures.referencedMessages;
+  for (auto& segment: segments) figures.referencedBytes += segment.size() * sizeof(word);
+  return true;
+}
+
+}  // namespace capnpshm
