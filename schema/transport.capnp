@@ -39,6 +39,11 @@ struct Control {
     fds @8 :UInt32;
     # File descriptors of one RPC message, which is published after this was sent, are attached;
     # so many. Messages with fds and these records pair up in order.
+
+    bell @9 :Void;
+    # Comes directly after `switch` if, by the offers, both sides trust each other, and only then:
+    # the eventfd by which the sender will wake the receiver is attached. If the sender could not
+    # make one nothing is attached, and it goes on ringing by bells on the socket.
   }
 
   const magicValue :UInt64 = 0x6d6873706e706163;

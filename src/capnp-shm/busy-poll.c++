@@ -8,9 +8,6 @@ namespace capnpshm {
 
 namespace {
 
-constexpr uint MAX_MESSAGES_WITHOUT_PORT = 128;
-constexpr size_t MAX_BYTES_WITHOUT_PORT = 4 << 20;
-
 thread_local TurnEnd* currentTurnEnd = nullptr;
 // Owns nothing; set and cleared by the instance itself. An event loop cannot be asked for what
 // belongs to it before Cap'n Proto 2 (EventLoopLocal).
@@ -27,17 +24,20 @@ TurnEnd::TurnEnd() { currentTurnEnd = this; }
 TurnEnd::~TurnEnd() noexcept(false) { currentTurnEnd = nullptr; }
 
 TurnEnd::Member::~Member() noexcept(false) {
-  if (listed) turnEnd.members.remove(*this);
+  if (listed) turnEnd->members.remove(*this);
 }
 
 void TurnEnd::Member::active() {
   if (listed) return;
   listed = true;
-  turnEnd.members.add(*this);
-  if (turnEnd.pending == nullptr) {
-    turnEnd.pending = kj::evalLast([&turnEnd = turnEnd]() { turnEnd.run(); })
-        .eagerlyEvaluate([](kj::Exception&& exception) { KJ_LOG(ERROR, exception); });
-  }
+  turnEnd->members.add(*this);
+  if (turnEnd->pending == nullptr) turnEnd->schedule();
+}
+
+void TurnEnd::schedule() {
+  auto last = [this]() { return kj::evalLast([this]() { run(); }); };
+  pending = (mustYield() ? yieldToPort().then(kj::cp(last)) : last())
+      .eagerlyEvaluate([](kj::Exception&& exception) { KJ_LOG(ERROR, exception); });
 }
 
 void TurnEnd::run() {
@@ -45,9 +45,6 @@ void TurnEnd::run() {
   // endOfTurn(), needs a new one.
   auto running = kj::mv(pending);
   pending = nullptr;
-
-  messagesSincePort = 0;
-  bytesSincePort = 0;
 
   kj::Vector<Member*> now;
   for (auto& member: members) now.add(&member);
@@ -58,12 +55,6 @@ void TurnEnd::run() {
   }
 
   finished = kj::mv(running);
-}
-
-bool TurnEnd::mustYield(size_t bytes) {
-  ++messagesSincePort;
-  bytesSincePort += bytes;
-  return messagesSincePort > MAX_MESSAGES_WITHOUT_PORT || bytesSincePort > MAX_BYTES_WITHOUT_PORT;
 }
 
 kj::Promise<void> TurnEnd::yieldToPort() {

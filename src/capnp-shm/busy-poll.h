@@ -29,7 +29,7 @@ public:
     // A connection, as this class sees it.
 
   public:
-    explicit Member(TurnEnd& turnEnd): turnEnd(turnEnd) {}
+    explicit Member(kj::Own<TurnEnd> turnEnd): turnEnd(kj::mv(turnEnd)) {}
     ~Member() noexcept(false);
     KJ_DISALLOW_COPY(Member);
 
@@ -41,28 +41,43 @@ public:
     virtual void endOfTurn() = 0;
     // The loop is about to sleep. Runs no application code and does not throw.
 
+    TurnEnd& getTurnEnd() { return *turnEnd; }
+
   private:
-    TurnEnd& turnEnd;
+    kj::Own<TurnEnd> turnEnd;
     bool listed = false;
     kj::ListLink<Member> link;
     friend class TurnEnd;
   };
 
-  bool mustYield(size_t bytes);
-  // To be asked before a message of `bytes` is handed out at once: whether so much was done since
-  // the loop last looked at its port that it must do that first, or timers, other connections and
-  // other threads would starve.
+  void count(size_t bytes) {
+    // A message of `bytes` was taken or published.
+    ++messagesSincePort;
+    bytesSincePort += bytes;
+  }
+
+  bool mustYield() const {
+    // Whether so much was done since the loop last looked at its port that it must do that first,
+    // or timers, other connections and other threads would starve: the port is never polled while
+    // the loop has something to do.
+    return messagesSincePort >= MAX_MESSAGES_WITHOUT_PORT ||
+        bytesSincePort >= MAX_BYTES_WITHOUT_PORT;
+  }
 
   kj::Promise<void> yieldToPort();
   // Resolves after the port has run.
 
 private:
+  static constexpr uint MAX_MESSAGES_WITHOUT_PORT = 128;
+  static constexpr size_t MAX_BYTES_WITHOUT_PORT = 4 << 20;
+
   kj::List<Member, &Member::link> members;
-  kj::Maybe<kj::Promise<void>> pending;   // The evalLast() that will call run().
-  kj::Maybe<kj::Promise<void>> finished;  // The one that called it last.
+  kj::Maybe<kj::Promise<void>> pending;   // That will call run().
+  kj::Maybe<kj::Promise<void>> finished;  // That called it last.
   uint messagesSincePort = 0;
   size_t bytesSincePort = 0;
 
+  void schedule();
   void run();
 };
 

@@ -24,6 +24,15 @@ size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
   return capnp::computeSerializedSizeInWords(segments) * sizeof(word);
 }
 
+kj::Array<kj::AutoCloseFd> duplicate(kj::ArrayPtr<const int> fds) {
+  // The capabilities that own the fds may be gone before these are written.
+  return KJ_MAP(fd, fds) -> kj::AutoCloseFd {
+    int copy;
+    KJ_SYSCALL(copy = fcntl(fd, F_DUPFD_CLOEXEC, 0), "cannot send a file descriptor", fd);
+    return kj::AutoCloseFd(copy);
+  };
+}
+
 }  // namespace
 
 kj::Own<capnp::OutgoingRpcMessage> SharedMemoryConnection::newOutgoingMessage(
@@ -38,6 +47,7 @@ kj::Own<capnp::OutgoingRpcMessage> SharedMemoryConnection::newOutgoingMessage(
 }
 
 void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
+  if (owner.isForked()) return;
   KJ_REQUIRE(owner.isCurrent(), "messages must be sent on the thread of the event loop");
 
   size_t size = 0;
@@ -52,18 +62,18 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   if (failure != nullptr) return;
   if (maxFdsPerMessage == 0) message.setFds(nullptr);
 
+  auto fds = duplicate(message.getFds());
   size_t bytes = size * sizeof(word);
   if (getCurrentQueueCount() == 0) currentOutgoingMessageSendTime = clock.now();
   ++outgoingStats.messages;
   outgoingStats.bytes += bytes;
 
   if (!outgoingShared) {
-    sendPlain(message, bytes);
+    sendPlain(message, kj::mv(fds), bytes);
     return;
   }
 
   active();
-  auto fds = message.getFds();
   if (waiting.empty() && fds.size() == 0) {
     announceRegions();
     bool published = false;
@@ -83,20 +93,17 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
     announceRegions();
   }
 
-  auto copies = KJ_MAP(fd, fds) -> kj::AutoCloseFd {
-    int copy;
-    KJ_SYSCALL(copy = fcntl(fd, F_DUPFD_CLOEXEC, 0));
-    return kj::AutoCloseFd(copy);
-  };
+  auto fdState = fds.size() > 0 ? WaitingMessage::UNSENT : WaitingMessage::NONE;
   ++heapWaits;
   ++queueCount;
   queueSize += bytes;
-  waiting.push_back(WaitingMessage { kj::atomicAddRef(message), kj::mv(copies),
-      fds.size() > 0 ? WaitingMessage::UNSENT : WaitingMessage::NONE, bytes });
+  waiting.push_back(
+      WaitingMessage { kj::atomicAddRef(message), kj::mv(fds), fdState, bytes });
   publishWaiting();
 }
 
-void SharedMemoryConnection::sendPlain(OutgoingMessage& message, size_t bytes) {
+void SharedMemoryConnection::sendPlain(
+    OutgoingMessage& message, kj::Array<kj::AutoCloseFd> fds, size_t bytes) {
   ++queueCount;
   queueSize += bytes;
   auto sendTime = clock.now();
@@ -106,15 +113,16 @@ void SharedMemoryConnection::sendPlain(OutgoingMessage& message, size_t bytes) {
     --queueCount;
   });
   auto own = kj::atomicAddRef(message);
-  auto& m = *own;
-  previousWrite = enqueueWrite([this, &m, sendTime, wireBytes]() {
+  auto numbers = KJ_MAP(fd, fds) { return fd.get(); };
+  previousWrite = enqueueWrite(
+      [this, &m = *own, numbers = numbers.asPtr(), sendTime, wireBytes]() {
     currentOutgoingMessageSendTime = sendTime;
     ++outgoingStats.socketMessages;
     outgoingStats.socketMessageBytes += wireBytes;
     outgoingStats.socketBytes += wireBytes;
-    KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(m.getFds(), m.getSegments());
-    return capnp::writeMessage(stream, m.getFds(), m.getSegments());
-  }).attach(kj::mv(own), kj::mv(done)).eagerlyEvaluate(nullptr);
+    KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(numbers, m.getSegments());
+    return capnp::writeMessage(stream, numbers, m.getSegments());
+  }).attach(kj::mv(own), kj::mv(numbers), kj::mv(fds), kj::mv(done)).eagerlyEvaluate(nullptr);
   // eagerlyEvaluate() after attach(), so that the message is released as soon as it is written.
 }
 
@@ -128,22 +136,26 @@ kj::Promise<void> SharedMemoryConnection::enqueueWrite(
     // ever for a reply. In shared memory the read side learns it from the socket by itself, after
     // everything that the peer had published.
     writeFailed = true;
-    if (!incomingShared) fail(kj::cp(exception));
+    if (!incomingShared || exception.getType() != kj::Exception::Type::DISCONNECTED) {
+      fail(kj::cp(exception));
+    }
     kj::throwRecoverableException(kj::mv(exception));
   });
 }
 
 void SharedMemoryConnection::writeControl(kj::Own<ControlMessage> control,
     kj::Array<kj::AutoCloseFd> fds, kj::Maybe<int> borrowedFd) {
+  if (owner.isForked()) return;
   if (previousWrite == nullptr) return;  // Shut down; nobody wants it any more.
   auto segments = control->getMessage().getSegmentsForOutput();
   outgoingStats.socketBytes += frameBytes(segments);
-  auto numbers = kj::heapArrayBuilder<int>(fds.size() + (borrowedFd == nullptr ? 0 : 1));
-  for (auto& fd: fds) numbers.add(fd.get());
-  KJ_IF_MAYBE(fd, borrowedFd) numbers.add(*fd);
-  previousWrite = enqueueWrite([this, segments, numbers = numbers.finish()]() {
+  auto builder = kj::heapArrayBuilder<int>(fds.size() + (borrowedFd == nullptr ? 0 : 1));
+  for (auto& fd: fds) builder.add(fd.get());
+  KJ_IF_MAYBE(fd, borrowedFd) builder.add(*fd);
+  auto numbers = builder.finish();
+  previousWrite = enqueueWrite([this, segments, numbers = numbers.asPtr()]() {
     return capnp::writeMessage(stream, numbers, segments);
-  }).attach(kj::mv(control), kj::mv(fds)).eagerlyEvaluate(nullptr);
+  }).attach(kj::mv(control), kj::mv(numbers), kj::mv(fds)).eagerlyEvaluate(nullptr);
 }
 
 void SharedMemoryConnection::announceRegions() {
@@ -192,6 +204,7 @@ void SharedMemoryConnection::publishWaiting() {
     }
     if (!published) break;
     if (fdCount > 0) fdPositions.push_back(o.getPosition());
+    getTurnEnd().count(front.bytes);
     --queueCount;
     queueSize -= front.bytes;
     ++unflushedCount;
@@ -207,6 +220,7 @@ void SharedMemoryConnection::publishWaiting() {
 void SharedMemoryConnection::ringPeer() {
   uint64_t served = servedInterests;
   servedInterests = 0;
+  if (owner.isForked()) return;
   KJ_IF_MAYBE(p, peerSleepWord) {
     if (!p->mustRing(served)) {
       if (served & WANT_DATA) ++bellsSaved;
@@ -216,6 +230,10 @@ void SharedMemoryConnection::ringPeer() {
     return;
   }
   ++bellsRung;
+  KJ_IF_MAYBE(b, peerBell) {
+    (*b)->ring();
+    return;
+  }
   outgoingStats.socketBytes += sizeof(BELL);
   if (pendingWrites > 0) {
     // Behind the frame that is being written.
@@ -233,6 +251,7 @@ void SharedMemoryConnection::ringPeer() {
 }
 
 kj::Promise<void> SharedMemoryConnection::shutdown() {
+  if (owner.isForked()) return kj::READY_NOW;
   KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
   auto end = [this]() { stream.shutdownWrite(); };
   if (!outgoingShared || failure != nullptr) {

@@ -37,7 +37,7 @@ bool SharedMemoryConnection::createOutbox() {
     limits.firstRegionBytes = firstRegionBytes(options);
     limits.maxBytes = kj::max(options.maxBytes, limits.firstRegionBytes);
     limits.freeEntries = options.trustPeer ? FREE_RING_ENTRIES : 0;
-    outbox = kj::atomicRefcounted<Outbox>(limits);
+    outbox = kj::atomicRefcounted<Outbox>(limits, kj::atomicAddRef(*foreignWake));
   })) {
     stayPlain(kj::str("this side cannot make shared memory: ", exception->getDescription()));
     return false;
@@ -57,6 +57,8 @@ void SharedMemoryConnection::writeOffer() {
   builder.setRegionBytes(o.getFirstRegionBytes());
   builder.setTrustsPeer(options.trustPeer);
   builder.setMaxFdsPerMessage(maxFdsPerMessage);
+  // The outbox owns the fd, and might be dropped before it is written.
+  message = message.attach(kj::atomicAddRef(o));
   writeControl(kj::mv(message), nullptr, o.getFirstRegionFd());
 }
 
@@ -99,7 +101,7 @@ void SharedMemoryConnection::handleControl(
       KJ_REQUIRE(gotMapped && outgoingShared && !incomingShared,
           "peer switched to shared memory before that was agreed");
       incomingShared = true;
-      controlTask = readControl().eagerlyEvaluate([this](kj::Exception&& exception) {
+      controlTask = readControl(isMutualTrust()).eagerlyEvaluate([this](kj::Exception&& exception) {
         fail(kj::mv(exception));
       });
       return;
@@ -144,6 +146,9 @@ void SharedMemoryConnection::handleControl(
       fdRecords.push_back(kept.finish());
       return;
     }
+
+    case protocol::Control::BELL:
+      KJ_FAIL_REQUIRE("peer sent an event bell at the wrong place");
   }
   KJ_FAIL_REQUIRE("peer sent a control message of an unknown kind", uint(control.which()));
 }
@@ -208,8 +213,10 @@ void SharedMemoryConnection::handleMapped() {
   limits.maxBytes = options.maxBytes;
   limits.inPlace = options.trustPeer;
   auto& i = inbox.emplace(kj::atomicRefcounted<Inbox>(kj::atomicAddRef(*o),
-      kj::mv(KJ_ASSERT_NONNULL(peerFirstRegion)), version, limits));
-  i->onRelease([this]() { active(); }, [](){});
+      kj::mv(KJ_ASSERT_NONNULL(peerFirstRegion)), version, limits,
+      kj::atomicAddRef(*foreignWake)));
+  i->onRelease([this]() { active(); });
+  foreignTask = listenToForeignThreads().eagerlyEvaluate(nullptr);
   o->start(i->getPeerHeader(), i->getPeerFreeRing());
   sleepWord = SleepWord(o->getHeader().sleepWord);
   peerSleepWord = PeerSleepWord(i->getPeerHeader().sleepWord);
@@ -219,6 +226,21 @@ void SharedMemoryConnection::handleMapped() {
   writeControl(kj::mv(message));
   outgoingShared = true;
   outgoingStats.transport = Transport::SHARED_MEMORY;
+  if (isMutualTrust()) sendBell();
+}
+
+void SharedMemoryConnection::sendBell() {
+  auto message = kj::heap<ControlMessage>();
+  message->get().setBell();
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() {
+    peerBell = kj::heap<EventBell>();
+  })) {
+    // Without a descriptor to spare the socket does as well.
+    (void)exception;
+    writeControl(kj::mv(message));
+    return;
+  }
+  writeControl(kj::mv(message), nullptr, KJ_ASSERT_NONNULL(peerBell)->getFd());
 }
 
 void SharedMemoryConnection::decline(kj::StringPtr reason) {

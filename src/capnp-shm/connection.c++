@@ -63,10 +63,13 @@ public:
         if (c->options.streamWindowBytes > 0) return c->options.streamWindowBytes;
         return kj::min(size_t(256) << 10, c->options.maxBytes / 4);
       }
-      int size;
+      int size = 0;
       uint length = sizeof(size);
-      c->stream.getsockopt(SOL_SOCKET, SO_SNDBUF, &size, &length);
-      return size;
+      if (kj::runCatchingExceptions([&]() {
+            c->stream.getsockopt(SOL_SOCKET, SO_SNDBUF, &size, &length);
+          }) == nullptr) {
+        return size;
+      }
     }
     return capnp::RpcFlowController::DEFAULT_WINDOW_SIZE;
   }
@@ -79,26 +82,21 @@ SharedMemoryConnection::SharedMemoryConnection(
     const SharedMemoryContext& context, kj::AsyncCapabilityStream& stream, uint maxFdsPerMessage,
     capnp::rpc::twoparty::Side side, capnp::ReaderOptions receiveOptions,
     const kj::MonotonicClock& clock)
-    : SharedMemoryConnection(TurnEnd::forThisLoop(), context, stream, maxFdsPerMessage, side,
-                             receiveOptions, clock) {}
-
-SharedMemoryConnection::SharedMemoryConnection(kj::Own<TurnEnd> turnEndParam,
-    const SharedMemoryContext& context, kj::AsyncCapabilityStream& stream, uint maxFdsPerMessage,
-    capnp::rpc::twoparty::Side side, capnp::ReaderOptions receiveOptions,
-    const kj::MonotonicClock& clock)
-    : Member(*turnEndParam),
+    : Member(TurnEnd::forThisLoop()),
       options(context.options),
+      port(context.port),
       stream(stream),
       socket(KJ_ASSERT_NONNULL(stream.getFd())),
       maxFdsPerMessage(maxFdsPerMessage),
       receiveOptions(receiveOptions),
       clock(clock),
       peerVatId(4),
-      turnEnd(kj::mv(turnEndParam)),
+      foreignWake(kj::atomicRefcounted<ForeignWake>()),
       previousWrite(kj::READY_NOW),
       currentOutgoingMessageSendTime(clock.now()),
       window(kj::refcounted<WindowState>(*this)),
       controlTask(kj::READY_NOW),
+      bellTask(kj::READY_NOW),
       foreignTask(kj::READY_NOW) {
   peerVatId.initRoot<capnp::rpc::twoparty::VatId>().setSide(
       side == capnp::rpc::twoparty::Side::CLIENT ? capnp::rpc::twoparty::Side::SERVER
@@ -107,6 +105,7 @@ SharedMemoryConnection::SharedMemoryConnection(kj::Own<TurnEnd> turnEndParam,
 
 SharedMemoryConnection::~SharedMemoryConnection() noexcept(false) {
   window->disconnect();
+  foreignWake->close();
   KJ_IF_MAYBE(i, inbox) (*i)->close();
   // What was published this turn must not wait for a bell that never comes; EOF will wake the
   // peer, but only if nobody else holds the socket.
@@ -137,6 +136,9 @@ private:
 kj::Promise<SharedMemoryConnection::MaybeMessage>
 SharedMemoryConnection::receiveIncomingMessage() {
   KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+  if (owner.isForked()) {
+    return KJ_EXCEPTION(DISCONNECTED, "the connection belongs to the parent process");
+  }
   if (incomingShared) return receiveShared();
   return kj::evalLater([this]() -> kj::Promise<MaybeMessage> {
     KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
@@ -193,35 +195,47 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
 
 kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiveShared() {
   wake();
+  if (getTurnEnd().mustYield()) {
+    return getTurnEnd().yieldToPort().then([this]() -> kj::Promise<MaybeMessage> {
+      KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+      return receiveShared();
+    });
+  }
+
   MaybeMessage message;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() { message = takeOne(); })) {
     fail(kj::cp(*exception));
     return kj::mv(*exception);
   }
-  KJ_IF_MAYBE(m, message) {
-    if (turnEnd->mustYield((*m)->sizeInWords() * sizeof(word))) {
-      return turnEnd->yieldToPort().then(
-          [message = kj::mv(message)]() mutable { return kj::mv(message); });
-    }
-    return kj::mv(message);
-  }
+  if (message != nullptr) return kj::mv(message);
   if (ended) {
-    KJ_IF_MAYBE(exception, endReason) return kj::cp(*exception);
+    KJ_IF_MAYBE(exception, endOfDelivery()) return kj::mv(*exception);
     return MaybeMessage(nullptr);
   }
   return kj::newAdaptedPromise<MaybeMessage, Receiver>(*this);
 }
 
+kj::Maybe<kj::Exception> SharedMemoryConnection::endOfDelivery() {
+  // How the stream of messages ended, once everything that the peer had published was delivered.
+  KJ_IF_MAYBE(reason, endReason) return kj::cp(*reason);
+  if (KJ_ASSERT_NONNULL(inbox)->isIncomplete()) {
+    return KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a message");
+  }
+  return nullptr;
+}
+
 SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
   auto& i = *KJ_ASSERT_NONNULL(inbox);
-  KJ_IF_MAYBE(m, i.tryTake([this](uint) { return !fdRecords.empty() || ended; })) {
+  KJ_IF_MAYBE(m, i.tryTake([this](uint) { return !fdRecords.empty(); })) {
     auto& message = **m;
-    if (message.getFdCount() > 0 && !fdRecords.empty()) {
+    if (message.getFdCount() > 0) {
       message.attachFds(kj::mv(fdRecords.front()));
       fdRecords.pop_front();
     }
     ++incomingStats.messages;
-    incomingStats.bytes += message.sizeInWords() * sizeof(word);
+    size_t bytes = message.sizeInWords() * sizeof(word);
+    incomingStats.bytes += bytes;
+    getTurnEnd().count(bytes);
     if (i.publishConsumed(false)) servedInterests |= WANT_ROOM;
     active();
     return kj::Own<capnp::IncomingRpcMessage>(kj::mv(*m));
@@ -241,8 +255,8 @@ void SharedMemoryConnection::deliver() {
       if (message != nullptr) {
         r->fulfill(kj::mv(message));
       } else if (ended) {
-        KJ_IF_MAYBE(reason, endReason) {
-          r->reject(kj::cp(*reason));
+        KJ_IF_MAYBE(reason, endOfDelivery()) {
+          r->reject(kj::mv(*reason));
         } else {
           r->fulfill(nullptr);
         }
@@ -253,19 +267,23 @@ void SharedMemoryConnection::deliver() {
   }
 }
 
-kj::Promise<void> SharedMemoryConnection::readControl() {
+kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
   struct Frame {
     uint64_t header = 0;
     kj::Array<kj::AutoCloseFd> fds;
+    kj::Own<kj::AsyncCapabilityStream> eventStream;
     word body[MAX_CONTROL_WORDS];
   };
   auto frame = kj::heap<Frame>();
   auto& f = *frame;
   f.fds = kj::heapArray<kj::AutoCloseFd>(kj::max(maxFdsPerMessage, 1u));
 
-  return stream.tryReadWithFds(&f.header, sizeof(f.header), sizeof(f.header),
-      f.fds.begin(), f.fds.size())
-      .then([this, &f](kj::AsyncCapabilityStream::ReadResult n) -> kj::Promise<bool> {
+  // Only KJ can make something of an eventfd without an event port, and only while receiving it.
+  auto headerRead = bellExpected && port == nullptr
+      ? stream.tryReadWithStreams(&f.header, sizeof(f.header), sizeof(f.header), &f.eventStream, 1)
+      : stream.tryReadWithFds(&f.header, sizeof(f.header), sizeof(f.header),
+            f.fds.begin(), f.fds.size());
+  return headerRead.then([this, &f, bellExpected](kj::AsyncCapabilityStream::ReadResult n) -> kj::Promise<bool> {
     incomingStats.socketBytes += n.byteCount;
     if (n.byteCount == 0) {
       controlEnded(nullptr);
@@ -276,10 +294,8 @@ kj::Promise<void> SharedMemoryConnection::readControl() {
       return false;
     }
     wake();
-    if (f.header == BELL) {
-      publishWaiting();
-      deliver();
-      active();
+    if (f.header == BELL && !bellExpected) {
+      bellRang();
       return true;
     }
 
@@ -290,7 +306,7 @@ kj::Promise<void> SharedMemoryConnection::readControl() {
     size_t bytes = words * sizeof(word);
     size_t fdCount = n.capCount;
     return stream.tryRead(f.body, bytes, bytes)
-        .then([this, &f, bytes, words, fdCount](size_t n) -> bool {
+        .then([this, &f, bytes, words, fdCount, bellExpected](size_t n) -> bool {
       incomingStats.socketBytes += n;
       if (n < bytes) {
         controlEnded(KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a control message"));
@@ -299,7 +315,19 @@ kj::Promise<void> SharedMemoryConnection::readControl() {
       kj::ArrayPtr<const word> segment = kj::arrayPtr(f.body, words);
       capnp::SegmentArrayMessageReader reader(kj::arrayPtr(&segment, 1));
       KJ_IF_MAYBE(control, asControl(reader.getRoot<capnp::AnyPointer>())) {
-        handleControl(*control, f.fds.slice(0, fdCount));
+        KJ_REQUIRE(control->isBell() == bellExpected,
+            "peer sent control messages in an impossible order", uint(control->which()));
+        if (bellExpected) {
+          if (fdCount > 0) {
+            ownBell = port == nullptr ? EventBellListener::newListener(kj::mv(f.eventStream))
+                                      : EventBellListener::newListener(*port, kj::mv(f.fds[0]));
+            bellTask = listenToBell().eagerlyEvaluate([this](kj::Exception&& exception) {
+              fail(kj::mv(exception));
+            });
+          }
+        } else {
+          handleControl(*control, f.fds.slice(0, fdCount));
+        }
       } else {
         KJ_FAIL_REQUIRE("peer sent a plain message after it had switched to shared memory");
       }
@@ -308,7 +336,7 @@ kj::Promise<void> SharedMemoryConnection::readControl() {
       return true;
     });
   }).attach(kj::mv(frame)).then([this](bool more) -> kj::Promise<void> {
-    if (more && failure == nullptr) return readControl();
+    if (more && failure == nullptr) return readControl(false);
     return kj::READY_NOW;
   }, [this](kj::Exception&& exception) -> kj::Promise<void> {
     if (exception.getType() == kj::Exception::Type::DISCONNECTED) {
@@ -316,6 +344,30 @@ kj::Promise<void> SharedMemoryConnection::readControl() {
       return kj::READY_NOW;
     }
     return kj::mv(exception);
+  });
+}
+
+void SharedMemoryConnection::bellRang() {
+  wake();
+  publishWaiting();
+  deliver();
+  active();
+}
+
+kj::Promise<void> SharedMemoryConnection::listenToBell() {
+  return KJ_ASSERT_NONNULL(ownBell)->wait().then([this]() {
+    // First wait again, then look: a ring in between would be lost.
+    auto next = listenToBell();
+    if (failure == nullptr) bellRang();
+    return next;
+  });
+}
+
+kj::Promise<void> SharedMemoryConnection::listenToForeignThreads() {
+  return foreignWake->next().then([this]() {
+    auto next = listenToForeignThreads();
+    active();
+    return next;
   });
 }
 
@@ -343,7 +395,7 @@ void SharedMemoryConnection::wake() {
 void SharedMemoryConnection::endOfTurn() {
   unflushedCount = 0;
   unflushedSize = 0;
-  if (!outgoingShared || failure != nullptr) return;
+  if (!outgoingShared || failure != nullptr || owner.isForked()) return;
 
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     auto& o = *KJ_ASSERT_NONNULL(outbox);

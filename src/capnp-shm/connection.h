@@ -4,6 +4,8 @@
 
 #include "busy-poll.h"
 #include "doorbell.h"
+#include "event-bell.h"
+#include "foreign-wake.h"
 #include "handshake.h"
 #include "inbox.h"
 #include "message.h"
@@ -31,9 +33,6 @@ class SharedMemoryConnection final: public capnp::TwoPartyVatNetworkBase::Connec
 public:
   SharedMemoryConnection(const SharedMemoryContext& context, kj::AsyncCapabilityStream& stream,
       uint maxFdsPerMessage, capnp::rpc::twoparty::Side side,
-      capnp::ReaderOptions receiveOptions, const kj::MonotonicClock& clock);
-  SharedMemoryConnection(kj::Own<TurnEnd> turnEnd, const SharedMemoryContext& context,
-      kj::AsyncCapabilityStream& stream, uint maxFdsPerMessage, capnp::rpc::twoparty::Side side,
       capnp::ReaderOptions receiveOptions, const kj::MonotonicClock& clock);
   ~SharedMemoryConnection() noexcept(false);
 
@@ -74,6 +73,7 @@ private:
   };
 
   SharedMemoryOptions options;
+  kj::UnixEventPort* port;
   kj::AsyncCapabilityStream& stream;
   int socket;
   uint maxFdsPerMessage;
@@ -81,7 +81,6 @@ private:
   const kj::MonotonicClock& clock;
   capnp::MallocMessageBuilder peerVatId;
   OwnerThread owner;
-  kj::Own<TurnEnd> turnEnd;
 
   // Setting up.
   bool offered = false;
@@ -99,6 +98,10 @@ private:
   kj::Maybe<kj::Own<Inbox>> inbox;
   kj::Maybe<SleepWord> sleepWord;
   kj::Maybe<PeerSleepWord> peerSleepWord;
+  kj::Maybe<kj::Own<EventBell>> peerBell;
+  // To wake the peer, if both sides trust each other; else the socket is the bell.
+  kj::Maybe<kj::Own<EventBellListener>> ownBell;
+  kj::Own<ForeignWake> foreignWake;
 
   // Sending.
   kj::Maybe<kj::Promise<void>> previousWrite;
@@ -138,6 +141,7 @@ private:
 
   kj::Own<WindowState> window;
   kj::Promise<void> controlTask;
+  kj::Promise<void> bellTask;
   kj::Promise<void> foreignTask;
 
   // connection-setup.c++ ------------------------------------------------------
@@ -148,13 +152,15 @@ private:
   void handleControl(protocol::Control::Reader control, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleOffer(protocol::Offer::Reader offer, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleMapped();
+  bool isMutualTrust() const { return options.trustPeer && peerTrustsUs; }
+  void sendBell();
   void decline(kj::StringPtr reason);
   void stayPlain(kj::StringPtr reason);
 
   // connection-send.c++ -------------------------------------------------------
 
   void sendMessage(OutgoingMessage& message) override;
-  void sendPlain(OutgoingMessage& message, size_t bytes);
+  void sendPlain(OutgoingMessage& message, kj::Array<kj::AutoCloseFd> fds, size_t bytes);
   void publishWaiting();
   void announceRegions();
   void writeControl(kj::Own<ControlMessage> control, kj::Array<kj::AutoCloseFd> fds = nullptr,
@@ -167,8 +173,12 @@ private:
   kj::Promise<MaybeMessage> receivePlain();
   kj::Promise<MaybeMessage> receiveShared();
   MaybeMessage takeOne();
+  kj::Maybe<kj::Exception> endOfDelivery();
   void deliver();
-  kj::Promise<void> readControl();
+  kj::Promise<void> readControl(bool bellExpected);
+  kj::Promise<void> listenToBell();
+  kj::Promise<void> listenToForeignThreads();
+  void bellRang();
   void controlEnded(kj::Maybe<kj::Exception> reason);
   void fail(kj::Exception&& exception);
   void wake();

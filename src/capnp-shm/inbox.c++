@@ -44,8 +44,8 @@ kj::ArrayPtr<const DescriptorLine> findRing(const PeerRegion& region) {
 }  // namespace
 
 Inbox::Inbox(kj::Own<Outbox> outboxParam, kj::Own<PeerRegion> firstRegion, uint32_t version,
-             const InboxLimits& limits)
-    : outbox(kj::mv(outboxParam)), limits(limits), ring(findRing(*firstRegion)),
+             const InboxLimits& limits, kj::Own<ForeignWake> foreignWake)
+    : outbox(kj::mv(outboxParam)), limits(limits), foreignWake(kj::mv(foreignWake)), ring(findRing(*firstRegion)),
       publishedPosition(ring.getPosition()) {
   auto bytes = firstRegion->bytes();
   auto& header = *reinterpret_cast<const RegionHeader*>(bytes.begin());
@@ -342,12 +342,14 @@ void Inbox::release(uint64_t handle) {
     KJ_ASSERT_NONNULL(freeRing).push(handle);
     freedSomething = true;
     KJ_IF_MAYBE(callback, releaseCallback) (*callback)();
-  } else {
-    std::lock_guard<std::mutex> lock(foreignMutex);
-    foreignReleases.add(handle);
-    // Relaxed: only a hint; the mutex orders the list itself.
-    foreignPending.store(true, std::memory_order_relaxed);
-    KJ_IF_MAYBE(callback, foreignCallback) (*callback)();
+  } else if (!owner.isForked()) {
+    {
+      std::lock_guard<std::mutex> lock(foreignMutex);
+      foreignReleases.add(handle);
+      // Relaxed: only a hint; the mutex orders the list itself.
+      foreignPending.store(true, std::memory_order_relaxed);
+    }
+    foreignWake->wake();
   }
 }
 
@@ -371,17 +373,11 @@ bool Inbox::takeFreed() {
   return result;
 }
 
-void Inbox::onRelease(kj::Function<void()> ownThread, kj::Function<void()> foreignThread) {
-  releaseCallback = kj::mv(ownThread);
-  std::lock_guard<std::mutex> lock(foreignMutex);
-  foreignCallback = kj::mv(foreignThread);
-}
+void Inbox::onRelease(kj::Function<void()> callback) { releaseCallback = kj::mv(callback); }
 
 void Inbox::close() {
   closed = true;
   releaseCallback = nullptr;
-  std::lock_guard<std::mutex> lock(foreignMutex);
-  foreignCallback = nullptr;
 }
 
 // =======================================================================================

@@ -49,9 +49,10 @@ class Inbox final: public kj::AtomicRefcounted {
 
 public:
   Inbox(kj::Own<Outbox> outbox, kj::Own<PeerRegion> firstRegion, uint32_t version,
-        const InboxLimits& limits);
+        const InboxLimits& limits, kj::Own<ForeignWake> foreignWake);
   // Checks the header of the peer's first region. `outbox` is this side's own memory, where it
-  // publishes what it consumed and freed.
+  // publishes what it consumed and freed. `foreignWake` is woken when a message was released on
+  // another thread, so that takeFreed() should be called.
 
   ~Inbox() noexcept(false);
 
@@ -69,6 +70,9 @@ public:
   kj::Maybe<kj::Own<IncomingMessage>> tryTake(kj::Function<bool(uint fdCount)> fdsArrived);
   // The next message, if it is there in whole. If file descriptors belong to it and `fdsArrived`
   // says that they are not here yet, null; then it is to be tried again when they are.
+
+  bool isIncomplete() const { return held || assembly != nullptr; }
+  // Whether a message has begun to arrive whose rest, or whose file descriptors, are not there.
 
   bool publishConsumed(bool force);
   // Tells the peer how far the ring was consumed, if that is enough to be worth a cache miss on its
@@ -88,9 +92,8 @@ public:
   void release(uint64_t handle);
   // A message read in place is no longer needed. Any thread.
 
-  void onRelease(kj::Function<void()> ownThread, kj::Function<void()> foreignThread);
-  // What to call when a message read in place was released: on the owner's thread, or on any other
-  // one, under a lock.
+  void onRelease(kj::Function<void()> callback);
+  // What to call when a message read in place was released on the owner's thread.
 
 private:
   struct Assembly {
@@ -102,6 +105,7 @@ private:
 
   kj::Own<Outbox> outbox;
   InboxLimits limits;
+  kj::Own<ForeignWake> foreignWake;
   OwnerThread owner;
   kj::Vector<kj::Own<PeerRegion>> regions;
   kj::ArrayPtr<const SharedWord> peerFreeRing;
@@ -125,7 +129,6 @@ private:
 
   std::mutex foreignMutex;
   kj::Vector<uint64_t> foreignReleases;
-  kj::Maybe<kj::Function<void()>> foreignCallback;  // Guarded by the mutex, as the list is.
   std::atomic<bool> foreignPending{false};
 
   PeerRegion& findRegion(uint32_t id);

@@ -36,10 +36,13 @@ bool OwnerThread::isCurrent() const {
   return thread == threadAddress() && generation == forkGeneration();
 }
 
+bool OwnerThread::isForked() const { return generation != forkGeneration(); }
+
 // =======================================================================================
 // Setting up
 
-Outbox::Outbox(const OutboxLimits& limits): limits(limits) {
+Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake)
+    : limits(limits), foreignWake(kj::mv(foreignWake)) {
   auto memory = createRegion(limits.firstRegionBytes);
   auto bytes = memory.mapping.bytes();
   totalBytes = bytes.size();
@@ -89,6 +92,7 @@ void Outbox::start(const RegionHeader& peer, kj::ArrayPtr<const SharedWord> peer
   peerHeader = &peer;
   if (peerFreeRing.size() > 0) freeRing = FreeConsumer(peerFreeRing, peer.freed);
   regions[0]->state = Region::MAPPED;
+  regions[0]->memory.fd = nullptr;
 }
 
 // =======================================================================================
@@ -143,6 +147,7 @@ void Outbox::regionMapped(uint32_t id) {
   KJ_REQUIRE(region != nullptr && region->state == Region::ANNOUNCED,
       "peer says it mapped a region that was not announced to it", id);
   region->state = Region::MAPPED;
+  region->memory.fd = nullptr;
   --unanswered;
 }
 
@@ -151,6 +156,7 @@ void Outbox::regionRefused(uint32_t id) {
   KJ_REQUIRE(region != nullptr && region->state == Region::ANNOUNCED,
       "peer refuses a region that was not announced to it", id);
   region->state = Region::REFUSED;
+  region->memory.fd = nullptr;
   --unanswered;
   growthAllowed = false;
   arena.removeRange(id);
@@ -247,20 +253,19 @@ void Outbox::builderGone(Parcel& parcel) {
   if (owner.isCurrent()) {
     parcel.builderAlive = false;
     releaseIfDone(parcel);
-  } else {
-    std::lock_guard<std::mutex> lock(foreignMutex);
-    foreignReleases.add(&parcel);
-    // Relaxed: only a hint; the mutex orders the list itself.
-    foreignPending.store(true, std::memory_order_relaxed);
+  } else if (!owner.isForked()) {
+    {
+      std::lock_guard<std::mutex> lock(foreignMutex);
+      foreignReleases.add(&parcel);
+      // Relaxed: only a hint; the mutex orders the list itself.
+      foreignPending.store(true, std::memory_order_relaxed);
+    }
+    foreignWake->wake();
   }
 }
 
-bool Outbox::hasForeignReleases() const {
-  return foreignPending.load(std::memory_order_relaxed);
-}
-
 void Outbox::drainForeignReleases() {
-  if (!hasForeignReleases()) return;
+  if (!foreignPending.load(std::memory_order_relaxed)) return;
   kj::Vector<Parcel*> list;
   {
     std::lock_guard<std::mutex> lock(foreignMutex);
@@ -296,6 +301,7 @@ void Outbox::returnScratch(kj::Array<word>&& scratch, size_t dirtyWords) {
 
 bool Outbox::hasNews() const {
   if (peerHeader == nullptr) return false;
+  if (foreignPending.load(std::memory_order_relaxed)) return true;
   // Acquire: pairs with the release store in Inbox::publishConsumed(), as in reclaim().
   if (peerHeader->consumed.load(std::memory_order_acquire) !=
       KJ_ASSERT_NONNULL(ring).getConsumed()) {

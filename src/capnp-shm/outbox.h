@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arena.h"
+#include "foreign-wake.h"
 #include "memfd.h"
 #include "ring.h"
 #include <capnp/common.h>
@@ -22,6 +23,10 @@ class OwnerThread {
 public:
   OwnerThread();
   bool isCurrent() const;
+
+  bool isForked() const;
+  // Whether this is a fork child of the process. There, mappings are gone, locks may be held by
+  // threads that do not exist, and the socket is the parent's: nothing may be touched.
 
 private:
   const void* thread;
@@ -75,8 +80,9 @@ class Outbox final: public kj::AtomicRefcounted {
   // connection as long as it must. Belongs to one thread, except where noted.
 
 public:
-  explicit Outbox(const OutboxLimits& limits);
-  // Makes the first region. Throws if the system refuses; see createRegion().
+  Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake);
+  // Makes the first region. Throws if the system refuses; see createRegion(). `foreignWake` is
+  // woken when a builder was destroyed on another thread, so that reclaim() should be called.
 
   ~Outbox() noexcept(false);
 
@@ -97,7 +103,8 @@ public:
   // The words which this side writes as a reader; see Inbox.
 
   void start(const RegionHeader& peerHeader, kj::ArrayPtr<const SharedWord> peerFreeRing);
-  // From here on messages can be published. `peerHeader` (whose `consumed` and `freed` we read)
+  // The peer has mapped the first region: its fd is closed, and from here on messages can be
+  // published. `peerHeader` (whose `consumed` and `freed` we read)
   // and `peerFreeRing` (empty if the peer copies everything) must stay mapped as long as
   // the other methods are called.
 
@@ -140,13 +147,11 @@ public:
   // other message.
 
   bool hasNews() const;
-  // Whether the peer has consumed or freed something since reclaim() was last called.
+  // Whether the peer has consumed or freed something since reclaim() was last called, or another
+  // thread has destroyed a builder.
 
   void reclaim();
   // Takes back what the peer has consumed and freed. Throws if it claims the impossible.
-
-  bool hasForeignReleases() const;
-  // Whether a builder was destroyed on another thread since reclaim() was last called.
 
   uint64_t getPosition() const { return KJ_ASSERT_NONNULL(ring).getPosition(); }
   uint64_t getConsumed() const { return KJ_ASSERT_NONNULL(ring).getConsumed(); }
@@ -194,6 +199,7 @@ private:
   };
 
   OutboxLimits limits;
+  kj::Own<ForeignWake> foreignWake;
   OwnerThread owner;
   Arena arena;
   kj::Vector<kj::Own<Region>> regions;
