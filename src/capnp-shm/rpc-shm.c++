@@ -3,6 +3,7 @@
 #include "rpc-shm.h"
 
 #include "connection.h"
+#include "refused-connection.h"
 #include <sys/socket.h>
 #include <kj/debug.h>
 
@@ -45,17 +46,23 @@ Suitability examine(kj::AsyncIoStream& stream) {
 }  // namespace
 
 class SharedMemoryVatNetwork::Impl {
-  // Either a TwoPartyVatNetwork, if it is known at once that the connection is plain, or a
-  // SharedMemoryConnection.
+  // If it is known at once that the connection is plain, a TwoPartyVatNetwork, or a connection that
+  // fails if plain is not wanted; else a SharedMemoryConnection.
 
 public:
   template <typename Stream, typename... Params>
   Impl(const SharedMemoryContext& context, kj::StringPtr plainReason, Side side, Stream& stream,
        Params&&... params)
       : side(side), plainReason(kj::str(plainReason)) {
-    KJ_REQUIRE(!context.options.requireSharedMemory,
-        "shared memory is required, but cannot be used", plainReason);
-    plain = kj::heap<capnp::TwoPartyVatNetwork>(stream, kj::fwd<Params>(params)...);
+    if (context.options.requireSharedMemory) {
+      // Not thrown here: a server's listen() must not end because of one such connection.
+      refused = kj::heap<RefusedConnection>(
+          KJ_EXCEPTION(FAILED, "shared memory is required, but cannot be used", plainReason),
+          side == Side::CLIENT ? Side::SERVER : Side::CLIENT);
+      initDisconnect();
+    } else {
+      plain = kj::heap<capnp::TwoPartyVatNetwork>(stream, kj::fwd<Params>(params)...);
+    }
   }
 
   Impl(const SharedMemoryContext& context, kj::AsyncCapabilityStream& stream,
@@ -64,14 +71,13 @@ public:
       : side(side),
         shared(kj::heap<SharedMemoryConnection>(
             context, stream, maxFdsPerMessage, side, receiveOptions, clock)) {
-    auto paf = kj::newPromiseAndFulfiller<void>();
-    disconnectPromise = paf.promise.fork();
-    disconnectFulfiller.fulfiller = kj::mv(paf.fulfiller);
+    initDisconnect();
   }
 
   Side side;
   kj::String plainReason;
   kj::Maybe<kj::Own<capnp::TwoPartyVatNetwork>> plain;
+  kj::Maybe<kj::Own<RefusedConnection>> refused;
   kj::Maybe<kj::Own<SharedMemoryConnection>> shared;
   bool accepted = false;
   kj::Own<kj::PromiseFulfiller<kj::Own<Connection>>> acceptFulfiller;
@@ -92,10 +98,17 @@ public:
   };
   FulfillerDisposer disconnectFulfiller;
 
+  void initDisconnect() {
+    auto paf = kj::newPromiseAndFulfiller<void>();
+    disconnectPromise = paf.promise.fork();
+    disconnectFulfiller.fulfiller = kj::mv(paf.fulfiller);
+  }
+
   kj::Own<Connection> asConnection() {
+    ++disconnectFulfiller.refcount;
+    KJ_IF_MAYBE(r, refused) return kj::Own<Connection>(r->get(), disconnectFulfiller);
     auto& connection = *KJ_ASSERT_NONNULL(shared);
     if (side == Side::CLIENT) connection.offer();
-    ++disconnectFulfiller.refcount;
     return kj::Own<Connection>(&connection, disconnectFulfiller);
   }
 };
@@ -169,17 +182,20 @@ Side SharedMemoryVatNetwork::getSide() { return impl->side; }
 
 size_t SharedMemoryVatNetwork::getCurrentQueueSize() {
   KJ_IF_MAYBE(p, impl->plain) return (*p)->getCurrentQueueSize();
-  return KJ_ASSERT_NONNULL(impl->shared)->getCurrentQueueSize();
+  KJ_IF_MAYBE(s, impl->shared) return (*s)->getCurrentQueueSize();
+  return 0;
 }
 
 size_t SharedMemoryVatNetwork::getCurrentQueueCount() {
   KJ_IF_MAYBE(p, impl->plain) return (*p)->getCurrentQueueCount();
-  return KJ_ASSERT_NONNULL(impl->shared)->getCurrentQueueCount();
+  KJ_IF_MAYBE(s, impl->shared) return (*s)->getCurrentQueueCount();
+  return 0;
 }
 
 kj::Duration SharedMemoryVatNetwork::getOutgoingMessageWaitTime() {
   KJ_IF_MAYBE(p, impl->plain) return (*p)->getOutgoingMessageWaitTime();
-  return KJ_ASSERT_NONNULL(impl->shared)->getOutgoingMessageWaitTime();
+  KJ_IF_MAYBE(s, impl->shared) return (*s)->getOutgoingMessageWaitTime();
+  return 0 * kj::SECONDS;
 }
 
 SharedMemoryStats SharedMemoryVatNetwork::getStats() {
