@@ -120,6 +120,7 @@ void SharedMemoryConnection::sendPlain(
     ++outgoingStats.socketMessages;
     outgoingStats.socketMessageBytes += wireBytes;
     outgoingStats.socketBytes += wireBytes;
+    if (switchWritten) outgoingStats.socketMessageBytesAfterSwitch += wireBytes;
     KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(numbers, m.getSegments());
     return capnp::writeMessage(stream, numbers, m.getSegments());
   }).attach(kj::mv(own), kj::mv(numbers), kj::mv(fds), kj::mv(done)).eagerlyEvaluate(nullptr);
@@ -153,7 +154,9 @@ void SharedMemoryConnection::writeControl(kj::Own<ControlMessage> control,
   for (auto& fd: fds) builder.add(fd.get());
   KJ_IF_MAYBE(fd, borrowedFd) builder.add(*fd);
   auto numbers = builder.finish();
-  previousWrite = enqueueWrite([this, segments, numbers = numbers.asPtr()]() {
+  bool isSwitch = control->get().isSwitch();
+  previousWrite = enqueueWrite([this, segments, isSwitch, numbers = numbers.asPtr()]() {
+    if (isSwitch) switchWritten = true;
     return capnp::writeMessage(stream, numbers, segments);
   }).attach(kj::mv(control), kj::mv(numbers), kj::mv(fds)).eagerlyEvaluate(nullptr);
 }

@@ -15,6 +15,25 @@ namespace {
 
 constexpr size_t MAX_CONTROL_WORDS = 64;
 
+struct FrameSize {
+  size_t payloadWords;
+  size_t wireBytes;
+};
+
+FrameSize measure(capnp::MessageReader& message) {
+  // How large a message that came as a plain frame is, without and with the frame's header. (The
+  // library's own sizeInWords() counts the first segment twice in 0.9.2.)
+  uint segments = 0;
+  size_t words = 0;
+  for (;;) {
+    auto segment = message.getSegment(segments);
+    if (segment.begin() == nullptr) break;
+    words += segment.size();
+    ++segments;
+  }
+  return { words, (segments / 2 + 1 + words) * sizeof(word) };
+}
+
 }  // namespace
 
 class SharedMemoryConnection::Receiver {
@@ -119,16 +138,17 @@ class PlainIncomingMessage final: public capnp::IncomingRpcMessage {
   // A message that came as a plain frame.
 
 public:
-  PlainIncomingMessage(kj::Own<capnp::MessageReader> reader, kj::Array<kj::AutoCloseFd> fdSpace,
-                       size_t fdCount)
-      : reader(kj::mv(reader)), fdSpace(kj::mv(fdSpace)), fdCount(fdCount) {}
+  PlainIncomingMessage(kj::Own<capnp::MessageReader> reader, size_t words,
+                       kj::Array<kj::AutoCloseFd> fdSpace, size_t fdCount)
+      : reader(kj::mv(reader)), words(words), fdSpace(kj::mv(fdSpace)), fdCount(fdCount) {}
 
   capnp::AnyPointer::Reader getBody() override { return reader->getRoot<capnp::AnyPointer>(); }
   kj::ArrayPtr<kj::AutoCloseFd> getAttachedFds() override { return fdSpace.slice(0, fdCount); }
-  size_t sizeInWords() override { return reader->sizeInWords(); }
+  size_t sizeInWords() override { return words; }
 
 private:
   kj::Own<capnp::MessageReader> reader;
+  size_t words;
   kj::Array<kj::AutoCloseFd> fdSpace;
   size_t fdCount;
 };
@@ -164,6 +184,8 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
       [this, decided, fdSpace = kj::mv(fdSpace)]
       (kj::Maybe<capnp::MessageReaderAndFds>&& message) mutable -> kj::Promise<MaybeMessage> {
     KJ_IF_MAYBE(m, message) {
+      auto size = measure(*m->reader);
+      incomingStats.socketBytes += size.wireBytes;
       if (!decided) {
         auto body = m->reader->getRoot<capnp::AnyPointer>();
         bool mine = false;
@@ -179,15 +201,15 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
         }
       }
       ++incomingStats.messages;
-      size_t bytes = m->reader->sizeInWords() * sizeof(word);
-      incomingStats.bytes += bytes;
+      incomingStats.bytes += size.payloadWords * sizeof(word);
       ++incomingStats.socketMessages;
-      incomingStats.socketMessageBytes += bytes;
+      incomingStats.socketMessageBytes += size.wireBytes;
+      if (incomingShared) incomingStats.socketMessageBytesAfterSwitch += size.wireBytes;
       // Never more than the application allows, closed before it sees the message.
       for (size_t i = maxFdsPerMessage; i < m->fds.size(); i++) m->fds[i] = nullptr;
       size_t fdCount = kj::min(m->fds.size(), size_t(maxFdsPerMessage));
       return MaybeMessage(kj::Own<capnp::IncomingRpcMessage>(kj::heap<PlainIncomingMessage>(
-          kj::mv(m->reader), kj::mv(fdSpace), fdCount)));
+          kj::mv(m->reader), size.payloadWords, kj::mv(fdSpace), fdCount)));
     }
     return MaybeMessage(nullptr);
   });
@@ -232,9 +254,11 @@ SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
       message.attachFds(kj::mv(fdRecords.front()));
       fdRecords.pop_front();
     }
-    ++incomingStats.messages;
     size_t bytes = message.sizeInWords() * sizeof(word);
+    ++incomingStats.messages;
     incomingStats.bytes += bytes;
+    ++sharedMessagesTaken;
+    sharedBytesTaken += bytes;
     getTurnEnd().count(bytes);
     if (i.publishConsumed(false)) servedInterests |= WANT_ROOM;
     active();
@@ -301,8 +325,12 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
 
     size_t words = f.header >> 32;
     uint64_t header = f.header;
-    KJ_REQUIRE(uint32_t(header) == 0 && words > 0 && words <= MAX_CONTROL_WORDS,
-        "peer sent something that is not a control message", header);
+    if (uint32_t(header) != 0 || words == 0 || words > MAX_CONTROL_WORDS) {
+      // Perhaps the beginning of a plain message; what follows is not read.
+      incomingStats.socketMessageBytes += sizeof(header);
+      incomingStats.socketMessageBytesAfterSwitch += sizeof(header);
+      KJ_FAIL_REQUIRE("peer sent something that is not a control message", header);
+    }
     size_t bytes = words * sizeof(word);
     size_t fdCount = n.capCount;
     return stream.tryRead(f.body, bytes, bytes)
@@ -329,6 +357,9 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
           handleControl(*control, f.fds.slice(0, fdCount));
         }
       } else {
+        ++incomingStats.socketMessages;
+        incomingStats.socketMessageBytes += sizeof(f.header) + bytes;
+        incomingStats.socketMessageBytesAfterSwitch += sizeof(f.header) + bytes;
         KJ_FAIL_REQUIRE("peer sent a plain message after it had switched to shared memory");
       }
       deliver();
@@ -450,6 +481,7 @@ SharedMemoryStats SharedMemoryConnection::getStats() {
     to.bytes = from.bytes;
     to.socketMessages = from.socketMessages;
     to.socketMessageBytes = from.socketMessageBytes;
+    to.socketMessageBytesAfterSwitch = from.socketMessageBytesAfterSwitch;
     to.socketBytes = from.socketBytes;
   };
   copy(outgoingStats, result.outgoing);
@@ -476,10 +508,8 @@ SharedMemoryStats SharedMemoryConnection::getStats() {
     result.incoming.inlineMessages = (*i)->getInlineMessages();
     result.incoming.inlineBytes = (*i)->getInlineBytes();
     result.incoming.copiedBytes = (*i)->getCopiedBytes();
-    result.incoming.referencedMessages = incomingStats.messages - incomingStats.socketMessages -
-        result.incoming.inlineMessages;
-    result.incoming.referencedBytes = incomingStats.bytes - incomingStats.socketMessageBytes -
-        result.incoming.inlineBytes;
+    result.incoming.referencedMessages = sharedMessagesTaken - result.incoming.inlineMessages;
+    result.incoming.referencedBytes = sharedBytesTaken - result.incoming.inlineBytes;
   }
   result.bellsRung = bellsRung;
   result.bellsSaved = bellsSaved;

@@ -92,6 +92,8 @@ private:
   kj::Maybe<kj::Own<PeerRegion>> peerFirstRegion;
   bool outgoingShared = false;
   bool incomingShared = false;
+  bool switchWritten = false;
+  // Whether the write of our SWITCH has begun; it may wait behind plain frames for a while.
   kj::Maybe<kj::String> plainReason;
 
   kj::Maybe<kj::Own<Outbox>> outbox;
@@ -134,6 +136,9 @@ private:
   kj::TimePoint currentOutgoingMessageSendTime;
   DirectionStats outgoingStats;
   DirectionStats incomingStats;
+  uint64_t sharedMessagesTaken = 0;
+  uint64_t sharedBytesTaken = 0;
+  // Of the incoming messages, those that came through shared memory.
   uint64_t bellsRung = 0;
   uint64_t bellsSaved = 0;
   uint64_t sleeps = 0;

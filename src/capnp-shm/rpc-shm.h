@@ -103,7 +103,9 @@ struct DirectionStats {
   // Messages that went over the socket as plain frames, and their bytes, headers included.
 
   uint64_t socketMessageBytesAfterSwitch = 0;
-  // Of these bytes, those after the direction had switched to shared memory. Always 0.
+  // Of these bytes, those after the direction had switched to shared memory. Counted where plain
+  // frames are written and read, so 0 as long as both sides keep to the protocol; a peer that sends
+  // anything else after its switch ends the connection.
 
   uint64_t socketBytes = 0;
   // All bytes on the socket: plain frames, control messages, bells. Not counted (0) when the
