@@ -2,15 +2,42 @@
 
 #include "busy-poll.h"
 
+#include <time.h>
+#include <unistd.h>
+#include <utility>
 #include <kj/debug.h>
 
 namespace capnpshm {
 
 namespace {
 
+constexpr uint ROUNDS_PER_LOOK_AT_CLOCK = 8;
+
 thread_local TurnEnd* currentTurnEnd = nullptr;
 // Owns nothing; set and cleared by the instance itself. An event loop cannot be asked for what
 // belongs to it before Cap'n Proto 2 (EventLoopLocal).
+
+uint64_t now() {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return uint64_t(time.tv_sec) * 1000000000 + time.tv_nsec;
+}
+
+bool hasSeveralCpus() {
+  // With one CPU the peer cannot answer while we spin. Our own affinity mask says nothing of this:
+  // the two sides may be pinned to one CPU each. If to the same, spins do not pay, which
+  // SpinBudget finds out.
+  return sysconf(_SC_NPROCESSORS_ONLN) > 1;
+}
+
+inline void pause() {
+  // Tells the CPU that this is a spin loop.
+#if __x86_64__ || __i386__
+  __builtin_ia32_pause();
+#elif __aarch64__
+  asm volatile("yield" ::: "memory");
+#endif
+}
 
 }  // namespace
 
@@ -19,7 +46,7 @@ kj::Own<TurnEnd> TurnEnd::forThisLoop() {
   return kj::refcounted<TurnEnd>();
 }
 
-TurnEnd::TurnEnd() { currentTurnEnd = this; }
+TurnEnd::TurnEnd(): severalCpus(hasSeveralCpus()) { currentTurnEnd = this; }
 
 TurnEnd::~TurnEnd() noexcept(false) { currentTurnEnd = nullptr; }
 
@@ -35,31 +62,106 @@ void TurnEnd::Member::active() {
 }
 
 void TurnEnd::schedule() {
+  if (asleepSince != 0) {
+    budget.slept(now() - asleepSince, longestSpin);
+    asleepSince = 0;
+    portHasRun();
+  }
   auto last = [this]() { return kj::evalLast([this]() { run(); }); };
   pending = (mustYield() ? yieldToPort().then(kj::cp(last)) : last())
       .eagerlyEvaluate([](kj::Exception&& exception) { KJ_LOG(ERROR, exception); });
 }
 
 void TurnEnd::run() {
-  // The promise that runs this must outlive this call, while a member that is active again, in its
-  // endOfTurn(), needs a new one.
+  // The promise that runs this must outlive this call, while a member that is active again needs a
+  // new one.
   auto running = kj::mv(pending);
   pending = nullptr;
+  KJ_DEFER(finished = kj::mv(running));
 
-  kj::Vector<Member*> now;
-  for (auto& member: members) now.add(&member);
-  for (auto member: now) {
+  batch.resize(0);
+  for (auto& member: members) batch.add(&member);
+  for (auto member: batch) {
     members.remove(*member);
     member->listed = false;
-    member->endOfTurn();
   }
 
-  finished = kj::mv(running);
+  for (auto member: batch) member->flush();
+
+  // Those who wait for something come first, up to a number that keeps a round of looking short.
+  size_t spinners = 0;
+  longestSpin = 0;
+  for (size_t i = 0; i < batch.size() && spinners < MAX_SPINNERS; i++) {
+    if (batch[i]->isWaiting()) {
+      if (severalCpus) longestSpin = kj::max(longestSpin, batch[i]->spinNanoseconds);
+      std::swap(batch[i], batch[spinners++]);
+    }
+  }
+
+  auto awake = batch.slice(0, spinners);
+  if (spinners > 0 && (poll(awake) || spin(awake))) {
+    // Those that found something have announced themselves for the next end of turn, and come
+    // first there. The others stay awake for now.
+    for (auto member: awake) member->active();
+  } else {
+    for (auto member: awake) member->sleep();
+  }
+  for (auto member: batch.slice(spinners, batch.size())) member->sleep();
+
+  if (pending == nullptr) asleepSince = now();
+}
+
+bool TurnEnd::poll(kj::ArrayPtr<Member*> spinners) {
+  bool result = false;
+  for (auto member: spinners) {
+    if (member->poll()) {
+      member->active();
+      member->proceed();
+      result = true;
+    }
+  }
+  return result;
+}
+
+bool TurnEnd::spin(kj::ArrayPtr<Member*> spinners) {
+  uint64_t allowed = budget.next(longestSpin);
+  if (allowed == 0) return false;
+
+  uint64_t start = now();
+  uint64_t elapsed = 0;
+  do {
+    for (uint i = 0; i < ROUNDS_PER_LOOK_AT_CLOCK; i++) {
+      pause();
+      if (poll(spinners)) {
+        budget.hit(now() - start);
+        lookAtClock();
+        return true;
+      }
+    }
+    elapsed = now() - start;
+  } while (elapsed < allowed);
+  budget.miss();
+  return false;
+}
+
+void TurnEnd::lookAtClock() {
+  uint64_t time = now();
+  if (withoutPortSince == 0) {
+    withoutPortSince = time;
+  } else if (time - withoutPortSince >= MAX_NANOSECONDS_WITHOUT_PORT) {
+    portIsDue = true;
+  }
+}
+
+void TurnEnd::portHasRun() {
+  messagesSincePort = 0;
+  bytesSincePort = 0;
+  withoutPortSince = 0;
+  portIsDue = false;
 }
 
 kj::Promise<void> TurnEnd::yieldToPort() {
-  messagesSincePort = 0;
-  bytesSincePort = 0;
+  portHasRun();
   // A fulfiller for other threads goes through the port. (port.poll() would swallow events of
   // other threads.)
   auto paf = kj::newPromiseAndCrossThreadFulfiller<void>();

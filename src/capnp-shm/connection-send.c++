@@ -201,10 +201,7 @@ void SharedMemoryConnection::publishWaiting() {
     uint64_t before = o.getPosition();
     bool published = o.tryPublish(*front.message, fdCount);
     announceRegions();
-    if (o.getPosition() != before) {  // Perhaps only a part.
-      servedInterests |= WANT_DATA;
-      active();
-    }
+    if (o.getPosition() != before) servedInterests |= WANT_DATA;  // Perhaps only a part.
     if (!published) break;
     if (fdCount > 0) fdPositions.push_back(o.getPosition());
     getTurnEnd().count(front.bytes);
@@ -226,7 +223,10 @@ void SharedMemoryConnection::ringPeer() {
   if (owner.isForked()) return;
   KJ_IF_MAYBE(p, peerSleepWord) {
     if (!p->mustRing(served)) {
-      if (served & WANT_DATA) ++bellsSaved;
+      if (served & WANT_DATA) {
+        ++bellsSaved;
+        getTurnEnd().peerWasAwake();
+      }
       return;
     }
   } else {

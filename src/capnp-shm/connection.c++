@@ -101,7 +101,7 @@ SharedMemoryConnection::SharedMemoryConnection(
     const SharedMemoryContext& context, kj::AsyncCapabilityStream& stream, uint maxFdsPerMessage,
     capnp::rpc::twoparty::Side side, capnp::ReaderOptions receiveOptions,
     const kj::MonotonicClock& clock)
-    : Member(TurnEnd::forThisLoop()),
+    : Member(TurnEnd::forThisLoop(), uint64_t(context.options.spinMicroseconds) * 1000),
       options(context.options),
       port(context.port),
       stream(stream),
@@ -423,33 +423,60 @@ void SharedMemoryConnection::wake() {
   KJ_IF_MAYBE(s, sleepWord) s->wake();
 }
 
-void SharedMemoryConnection::endOfTurn() {
+// =======================================================================================
+// The end of a turn
+
+void SharedMemoryConnection::flush() {
   unflushedCount = 0;
   unflushedSize = 0;
   if (!outgoingShared || failure != nullptr || owner.isForked()) return;
-
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-    auto& o = *KJ_ASSERT_NONNULL(outbox);
-    auto& i = *KJ_ASSERT_NONNULL(inbox);
-    auto& s = KJ_ASSERT_NONNULL(sleepWord);
-
     announceRegions();
-    if (!waiting.empty() || o.hasNews()) publishWaiting();
-    if (incomingShared) deliver();
-
-    bool wantData = incomingShared && receiver != nullptr;
-    if (i.publishConsumed(wantData)) servedInterests |= WANT_ROOM;
-    if (i.takeFreed()) servedInterests |= WANT_ROOM;
+    if (!waiting.empty()) publishWaiting();
+    if (KJ_ASSERT_NONNULL(inbox)->takeFreed()) servedInterests |= WANT_ROOM;
     if (servedInterests != 0) ringPeer();
+  })) {
+    fail(kj::mv(*exception));
+  }
+}
 
-    uint64_t interests = (wantData ? WANT_DATA : 0) | (waiting.empty() ? 0 : WANT_ROOM);
-    if (ended || interests == 0) {
-      wake();
-    } else if (s.arm(interests)) {
+bool SharedMemoryConnection::isWaiting() {
+  return outgoingShared && failure == nullptr && !ended && !owner.isForked() &&
+      (wantsData() || !waiting.empty());
+}
+
+bool SharedMemoryConnection::poll() {
+  return (wantsData() && KJ_ASSERT_NONNULL(inbox)->isReady()) ||
+      (!waiting.empty() && KJ_ASSERT_NONNULL(outbox)->hasNews());
+}
+
+void SharedMemoryConnection::proceed() {
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    if (!waiting.empty()) publishWaiting();
+    deliver();
+  })) {
+    fail(kj::mv(*exception));
+  }
+}
+
+void SharedMemoryConnection::sleep() {
+  if (!isWaiting()) {
+    // Not interested at present: the peer need not ring.
+    wake();
+    return;
+  }
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    auto& s = KJ_ASSERT_NONNULL(sleepWord);
+    if (KJ_ASSERT_NONNULL(inbox)->publishConsumed(true)) {
+      servedInterests |= WANT_ROOM;
+      ringPeer();
+    }
+    if (s.arm((wantsData() ? WANT_DATA : 0) | (waiting.empty() ? 0 : WANT_ROOM))) {
       ++sleeps;
-      if ((wantData && i.isReady()) || (!waiting.empty() && o.hasNews())) {
+      if (poll()) {
         wake();
         active();
+        proceed();
       }
     }
   })) {

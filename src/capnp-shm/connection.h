@@ -187,7 +187,13 @@ private:
   void controlEnded(kj::Maybe<kj::Exception> reason);
   void fail(kj::Exception&& exception);
   void wake();
-  void endOfTurn() override;
+  bool wantsData() { return incomingShared && receiver != nullptr; }
+
+  void flush() override;
+  bool isWaiting() override;
+  bool poll() override;
+  void proceed() override;
+  void sleep() override;
 };
 
 }  // namespace capnpshm

@@ -13,6 +13,9 @@ using kj::uint;
 
 namespace {
 
+constexpr uint64_t CONSUMPTION_WORTH_TELLING = 64 * 1024;
+// Bytes of blocks, after which the sender is told, so that it can use them while they are warm.
+
 void copyPayload(void* target, const void* source, size_t bytes) {
   // The only place where payload is read that an untrusted peer may be rewriting. The barriers
   // keep the compiler from reading the source again later instead of the copy.
@@ -325,7 +328,7 @@ bool Inbox::publishConsumed(bool force) {
   uint64_t position = held ? ring.getPosition() - descriptor.head.lines : ring.getPosition();
   if (position == publishedPosition) return false;
   if (!force && position - publishedPosition < ring.getLineCount() / 8 &&
-      consumedBytes < mappedBytes / 8) {
+      consumedBytes < kj::min(mappedBytes / 8, CONSUMPTION_WORTH_TELLING)) {
     return false;
   }
   // Release: pairs with the acquire loads in Outbox. Our reads of the lines and of the blocks that

@@ -15,6 +15,7 @@ namespace {
 
 constexpr uint INITIAL_RING_LINES = 64;
 constexpr uint MAX_UNANSWERED = 4;
+constexpr size_t RECLAIM_INTERVAL = 8192;
 constexpr uint64_t UNUSED_BEFORE_RETIRE = 4096;  // Messages.
 
 size_t roundUpToPages(size_t bytes) {
@@ -226,6 +227,12 @@ void Outbox::recycle(Parcel& parcel) {
 }
 
 kj::Maybe<Arena::Block&> Outbox::tryAllocate(Parcel*& parcel, size_t bytes) {
+  bytesSinceReclaim += bytes;
+  if (bytesSinceReclaim >= RECLAIM_INTERVAL || !mayHold(bytes)) {
+    // Reuse warm memory rather than cold. If the peer claims the impossible the connection will
+    // hear of it when it looks next; this is not the place to tell it.
+    kj::runCatchingExceptions([this]() { reclaim(); });
+  }
   if (!mayHold(bytes)) return nullptr;
   KJ_IF_MAYBE(block, allocateOrGrow(bytes)) {
     if (parcel == nullptr) {
@@ -312,6 +319,7 @@ bool Outbox::hasNews() const {
 }
 
 void Outbox::reclaim() {
+  bytesSinceReclaim = 0;
   drainForeignReleases();
   if (peerHeader == nullptr) return;
 

@@ -219,6 +219,7 @@ private:
   kj::Maybe<FreeConsumer> freeRing;
   std::deque<InFlight> inFlight;
   size_t outstandingHandles = 0;
+  size_t bytesSinceReclaim = 0;
   Progress progress;
   uint64_t published = 0;
   Figures figures;

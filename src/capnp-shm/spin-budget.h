@@ -1,0 +1,85 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#pragma once
+
+#include <kj/common.h>
+#include <stdint.h>
+
+namespace capnpshm {
+
+using kj::uint;
+
+class SpinBudget {
+  // Decides how long to look for an answer before going to sleep. Knows no clock: the caller tells
+  // what came of it. All times in nanoseconds.
+  //
+  // What it weighs: a sleep and its wake-up together cost both sides some 20 µs of CPU and add
+  // 30-60 µs to the answer. A spin that finds something within that time has paid for itself; one
+  // that finds nothing, or finds it late, has not. So:
+  //
+  // - As long as spins pay, the next may last a few times as long as they took.
+  // - After a few in a row that did not, there are no more of them,
+  // - but a trial now and then, when sleeps turn out short, or when the peer turns out to be awake
+  //   after we were not. A trial is a few spins of full length, because two sides that both sleep
+  //   answer each other too late for a short one; once both are awake, answers come within a few
+  //   microseconds. Trials that fail become rarer, each time by half.
+
+public:
+  uint64_t next(uint64_t longest) const {
+    // How long to spin now, `longest` being what the options allow; 0 for not at all.
+    if (credit == 0) return 0;
+    if (!inStep) return longest;
+    return kj::min(LEAST_SPIN + HIT_FACTOR * averageHit, longest);
+  }
+
+  void hit(uint64_t nanoseconds) {
+    // A spin found something after this time.
+    if (nanoseconds > PAYING_HIT) {
+      miss();
+      return;
+    }
+    averageHit = inStep ? averageHit - averageHit / 8 + nanoseconds / 8 : nanoseconds;
+    inStep = true;
+    credit = FULL_CREDIT;
+    if (trialInterval > 1) trialInterval /= 2;
+  }
+
+  void miss() {
+    // A spin found nothing, or too late.
+    inStep = false;
+    if (credit > 0 && --credit == 0 && trialInterval < MAX_TRIAL_INTERVAL) trialInterval *= 2;
+  }
+
+  void slept(uint64_t nanoseconds, uint64_t longest) {
+    // The loop was asleep for this time, between the end of a turn and the next activity.
+    if (credit == 0 && nanoseconds < SHORT_SLEEP * longest) considerTrial(1);
+  }
+
+  void peerWasAwake() {
+    // We published an answer after having slept and found the peer still awake: it spins.
+    if (credit == 0) considerTrial(trialInterval / 4 + 1);
+  }
+
+private:
+  static constexpr uint64_t LEAST_SPIN = 10000;
+  static constexpr uint64_t PAYING_HIT = 20000;
+  static constexpr uint64_t HIT_FACTOR = 3;
+  static constexpr uint64_t SHORT_SLEEP = 3;
+  static constexpr uint FULL_CREDIT = 4;
+  static constexpr uint MAX_TRIAL_INTERVAL = 256;
+
+  bool inStep = false;        // Whether spins pay at present.
+  uint64_t averageHit = 0;    // Of those.
+  uint credit = FULL_CREDIT;  // How many more spins in a row may fail to pay.
+  uint trialInterval = 1;     // How many reasons it takes for a trial.
+  uint reasons = 0;
+
+  void considerTrial(uint weight) {
+    reasons += weight;
+    if (reasons < trialInterval) return;
+    reasons = 0;
+    credit = FULL_CREDIT;
+  }
+};
+
+}  // namespace capnpshm
