@@ -70,7 +70,7 @@ bool SharedMemoryConnection::handlePlainBody(
     handleControl(*control, fds);
     return true;
   }
-  if (offered && plainReason == nullptr && isEchoOfOffer(body, nonce)) {
+  if (offered && isEchoOfOffer(body, nonce)) {
     stayPlain("the peer does not know shared memory");
     return true;
   }

@@ -181,24 +181,23 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
   }
 
   return readCanceler.wrap(kj::mv(promise)).then(
-      [this, decided, fdSpace = kj::mv(fdSpace)]
+      [this, fdSpace = kj::mv(fdSpace)]
       (kj::Maybe<capnp::MessageReaderAndFds>&& message) mutable -> kj::Promise<MaybeMessage> {
     KJ_IF_MAYBE(m, message) {
       auto size = measure(*m->reader);
       incomingStats.socketBytes += size.wireBytes;
-      if (!decided) {
-        auto body = m->reader->getRoot<capnp::AnyPointer>();
-        bool mine = false;
-        KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-          mine = handlePlainBody(body, m->fds);
-        })) {
-          fail(kj::mv(*exception));
-        }
-        KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
-        if (mine) {
-          if (incomingShared) return receiveShared();
-          return receivePlain();
-        }
+      // Also if it is decided: what the peer sent before it knew may still be under way.
+      auto body = m->reader->getRoot<capnp::AnyPointer>();
+      bool mine = false;
+      KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+        mine = handlePlainBody(body, m->fds);
+      })) {
+        fail(kj::mv(*exception));
+      }
+      KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+      if (mine) {
+        if (incomingShared) return receiveShared();
+        return receivePlain();
       }
       ++incomingStats.messages;
       incomingStats.bytes += size.payloadWords * sizeof(word);
