@@ -123,23 +123,24 @@ void SharedMemoryConnection::sendPlain(
     if (switchWritten) outgoingStats.socketMessageBytesAfterSwitch += wireBytes;
     KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(numbers, m.getSegments());
     return capnp::writeMessage(stream, numbers, m.getSegments());
-  }).attach(kj::mv(own), kj::mv(numbers), kj::mv(fds), kj::mv(done)).eagerlyEvaluate(nullptr);
+  }, true).attach(kj::mv(own), kj::mv(numbers), kj::mv(fds), kj::mv(done)).eagerlyEvaluate(nullptr);
   // eagerlyEvaluate() after attach(), so that the message is released as soon as it is written.
 }
 
 kj::Promise<void> SharedMemoryConnection::enqueueWrite(
-    kj::Function<kj::Promise<void>()> write) {
+    kj::Function<kj::Promise<void>()> write, bool rpcMessage) {
   ++pendingWrites;
   return KJ_ASSERT_NONNULL(previousWrite, "already shut down")
       .then([write = kj::mv(write)]() mutable { return write(); })
-      .then([this]() { --pendingWrites; }, [this](kj::Exception&& exception) {
+      .then([this]() { --pendingWrites; },
+          [this, rpcMessage](kj::Exception&& exception) {
     // Since no one checks write failures, they become read failures, or a caller would wait for
     // ever for a reply. In shared memory the read side learns it from the socket by itself, after
-    // everything that the peer had published.
+    // everything that the peer had published; so it does when only the setting up was disturbed,
+    // because the peer left after its last words.
     writeFailed = true;
-    if (!incomingShared || exception.getType() != kj::Exception::Type::DISCONNECTED) {
-      fail(kj::cp(exception));
-    }
+    bool peerLeft = exception.getType() == kj::Exception::Type::DISCONNECTED;
+    if (!peerLeft || (rpcMessage && !incomingShared)) fail(kj::cp(exception));
     kj::throwRecoverableException(kj::mv(exception));
   });
 }

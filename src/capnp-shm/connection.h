@@ -170,7 +170,8 @@ private:
   void announceRegions();
   void writeControl(kj::Own<ControlMessage> control, kj::Array<kj::AutoCloseFd> fds = nullptr,
       kj::Maybe<int> borrowedFd = nullptr);
-  kj::Promise<void> enqueueWrite(kj::Function<kj::Promise<void>()> write);
+  kj::Promise<void> enqueueWrite(
+      kj::Function<kj::Promise<void>()> write, bool rpcMessage = false);
   void ringPeer();
 
   // connection.c++ ------------------------------------------------------------
