@@ -257,9 +257,9 @@ void SharedMemoryConnection::ringPeer() {
 kj::Promise<void> SharedMemoryConnection::shutdown() {
   if (owner.isForked()) return kj::READY_NOW;
   KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
-  auto end = [this]() { stream.shutdownWrite(); };
+  auto end = [this]() { stream.shutdownWrite(); };  // To be copied: then() keeps no lvalue alive.
   if (!outgoingShared || failure != nullptr) {
-    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(end);
+    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(kj::cp(end));
     previousWrite = nullptr;
     return result;
   }
@@ -273,7 +273,7 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
   // The queue of control writes stays open while messages wait: they may need announcements.
   shuttingDown = true;
   return drained.then([this, end]() {
-    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(end);
+    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(kj::cp(end));
     previousWrite = nullptr;
     return result;
   }).exclusiveJoin(stream.whenWriteDisconnected().then([]() {
