@@ -1,0 +1,237 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#pragma once
+
+// The conformance suite runs every RPC behaviour in many modes: capnp::TwoPartyVatNetwork at both
+// ends (the reference), and SharedMemoryVatNetwork with every choice of options, peers and streams.
+// All must agree. After each test the transport which the mode should use is checked.
+
+#include "conformance-server.h"
+#include <capnp-shm/rpc-shm.h>
+#include <gtest/gtest.h>
+#include <kj/async-io.h>
+#include <kj/async-unix.h>
+#include <kj/debug.h>
+#include <kj/thread.h>
+#include <string>
+#include <vector>
+
+namespace capnpshm {
+namespace conformance {
+
+using capnp::rpc::twoparty::Side;
+using capnp::rpc::twoparty::VatId;
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool SANITIZED = true;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+constexpr bool SANITIZED = true;
+#else
+constexpr bool SANITIZED = false;
+#endif
+#else
+constexpr bool SANITIZED = false;
+#endif
+
+struct EndMode {
+  // How one end of a connection is made.
+
+  enum Kind { TWO_PARTY, DROP_IN, CONTEXT, MESSAGE_STREAM };
+  // TwoPartyVatNetwork; SharedMemoryVatNetwork with exactly TwoPartyVatNetwork's parameters, with
+  // a context, or from a MessageStream.
+
+  Kind kind;
+  Side side;
+  bool trust = false;
+  bool port = false;
+  bool small = false;
+  // So little shared memory that every large message, and many small ones, must wait for room.
+};
+
+enum class StreamKind {
+  SOCKET,      // A Unix stream socket pair.
+  TCP,
+  IN_PROCESS,  // A pipe of KJ's own, without a file descriptor.
+  PROXY        // Unix sockets, but bytes are pumped between two pairs: file descriptors are lost.
+};
+
+struct Mode {
+  const char* name;
+  EndMode client;
+  EndMode server;
+  StreamKind stream;
+  Transport expected;
+
+  bool passesFds() const {
+    return stream == StreamKind::SOCKET || stream == StreamKind::IN_PROCESS;
+  }
+};
+
+const std::vector<Mode>& allModes();
+std::vector<Mode> socketModes();
+// Those over a single Unix socket pair, whose other end can be in another thread.
+
+inline std::string modeName(const testing::TestParamInfo<Mode>& info) { return info.param.name; }
+inline void PrintTo(const Mode& mode, std::ostream* out) { *out << mode.name; }
+
+struct LinkOptions {
+  // What a test wants of both ends.
+
+  kj::uint maxFds = 0;
+  capnp::ReaderOptions reader;
+  const kj::MonotonicClock& clock = kj::systemCoarseMonotonicClock();
+};
+
+class Network {
+  // Either class of network, behind one face.
+
+public:
+  Network(const EndMode& mode, kj::UnixEventPort& port, kj::AsyncIoStream& stream,
+          const LinkOptions& options);
+
+  capnp::TwoPartyVatNetworkBase& get();
+  kj::Promise<void> onDisconnect();
+  size_t getCurrentQueueSize();
+  size_t getCurrentQueueCount();
+  kj::Duration getOutgoingMessageWaitTime();
+  kj::Maybe<SharedMemoryStats> getStats();
+  // Null for a TwoPartyVatNetwork.
+
+private:
+  kj::Own<capnp::MessageStream> messages;
+  kj::Own<capnp::TwoPartyVatNetwork> twoParty;
+  kj::Own<SharedMemoryVatNetwork> shared;
+};
+
+class End {
+  // A stream, a network and, unless the test speaks the protocol itself, an RPC system.
+
+public:
+  End(const EndMode& mode, kj::UnixEventPort& port, kj::Own<kj::AsyncIoStream> stream,
+      const LinkOptions& options);
+  ~End() noexcept(false);
+
+  void start(kj::Maybe<capnp::Capability::Client> bootstrap);
+  void start(capnp::BootstrapFactory<VatId>& factory);
+
+  capnp::Capability::Client bootstrap();
+  Root::Client root() { return bootstrap().castAs<Root>(); }
+  // The peer's bootstrap interface.
+
+  kj::Own<capnp::TwoPartyVatNetworkBase::Connection> connect();
+  // For a test that speaks the protocol itself.
+
+  void expectTransport(Transport expected);
+
+  void expectNothing() { checked = true; }
+  // Don't check the transport at the end, because this connection does not live to see it decided.
+
+  EndMode mode;
+  kj::Own<kj::AsyncIoStream> stream;
+  Network network;
+  kj::Maybe<capnp::RpcSystem<VatId>> rpc;
+
+private:
+  bool checked = false;
+};
+
+class Link {
+  // Both ends of a connection on one event loop.
+
+public:
+  Link(const Mode& mode, kj::AsyncIoContext& io, const LinkOptions& options);
+  ~Link() noexcept(false);
+
+  void start(kj::Maybe<capnp::Capability::Client> serverBootstrap,
+             kj::Maybe<capnp::Capability::Client> clientBootstrap = nullptr);
+  void startServer();
+  // What start() does beyond the bootstrap interfaces: a CLIENT side answers nothing before it
+  // speaks itself.
+
+  void destroyClient();
+  void destroyServer();
+  void check();
+
+  const Mode& mode;
+  kj::AsyncIoContext& io;
+  kj::Vector<kj::Promise<void>> pumps;
+  kj::Own<kj::AsyncIoStream> proxyEnds[2];
+  kj::Own<End> client;
+  kj::Own<End> server;
+};
+
+class Conformance: public testing::TestWithParam<Mode> {
+protected:
+  Conformance(): io(kj::setupAsyncIo()) {}
+  ~Conformance() noexcept override {}
+
+  const Mode& mode() { return GetParam(); }
+
+  ServerState state;
+  ServerState mine;
+  // For the objects of the server and for those of the client. They outlive the connection.
+
+  kj::Own<Link> connect(kj::Maybe<capnp::Capability::Client> serverBootstrap,
+                        LinkOptions options = LinkOptions(),
+                        kj::Maybe<capnp::Capability::Client> clientBootstrap = nullptr);
+
+  kj::Own<Link> connect(ServerState& state, LinkOptions options = LinkOptions()) {
+    return connect(capnp::Capability::Client(kj::heap<RootImpl>(state)), options);
+  }
+
+  void turn();
+  // Everything that happens without waiting for a timer.
+
+  template <typename T>
+  T await(kj::Promise<T>&& promise) {
+    // Waits, but not for ever: a deadlock shall fail the test that shows it.
+    return promise.exclusiveJoin(io.provider->getTimer().afterDelay(100 * kj::SECONDS)
+        .then([]() -> kj::Promise<T> { return KJ_EXCEPTION(FAILED, "deadlock"); }))
+        .wait(io.waitScope);
+  }
+
+  template <typename Func>
+  void until(Func&& condition) {
+    // Waits for something that no promise tells.
+    for (kj::uint i = 0; i < 3000 && !condition(); i++) {
+      io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
+    }
+    KJ_ASSERT(condition(), "it did not happen");
+  }
+
+  kj::AsyncIoContext io;
+};
+
+class ThreadedConformance: public Conformance {
+  // The server in another thread, with an event loop of its own.
+
+protected:
+  class ServerThread {
+  public:
+    ServerThread(const Mode& mode, kj::AsyncIoContext& io, const LinkOptions& options,
+                 kj::Function<capnp::Capability::Client(kj::AsyncIoContext&)> makeBootstrap);
+    ~ServerThread() noexcept(false);
+
+    kj::Own<End> client;
+
+  private:
+    kj::Own<kj::Thread> thread;
+  };
+
+  kj::Own<ServerThread> connectThread(ServerState& state, LinkOptions options = LinkOptions());
+};
+
+#define EXPECT_FAILS(kind, text, promise) \
+  do { \
+    bool succeeded_ = false; \
+    KJ_IF_MAYBE(e, kj::runCatchingExceptions([&]() { await(promise); succeeded_ = true; })) { \
+      EXPECT_EQ(uint(kj::Exception::Type::kind), uint(e->getType())) << kj::str(*e).cStr(); \
+      EXPECT_NE(nullptr, strstr(e->getDescription().cStr(), text)) << kj::str(*e).cStr(); \
+    } \
+    EXPECT_FALSE(succeeded_) << #promise " should have failed"; \
+  } while (false)
+// A promise must fail with a type and a text in its description.
+
+}  // namespace conformance
+}  // namespace capnpshm
