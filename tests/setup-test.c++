@@ -3,6 +3,8 @@
 #include <capnp-shm/rpc-shm.h>
 
 #include <capnp-shm/handshake.h>
+#include <capnp-shm/memfd.h>
+#include <capnp-shm/ring.h>
 #include <capnp/message.h>
 #include <capnp/rpc.capnp.h>
 #include <capnp/serialize-async.h>
@@ -10,7 +12,8 @@
 #include <kj/async-io.h>
 #include <kj/debug.h>
 
-// The set-up of a connection against a peer that is written here by hand, frame by frame.
+// A connection against a peer that is written here by hand, frame by frame: docs/PROTOCOL.md from
+// the other side.
 
 namespace capnpshm {
 namespace {
@@ -18,36 +21,49 @@ namespace {
 using Connection = capnp::TwoPartyVatNetworkBase::Connection;
 using capnp::rpc::twoparty::Side;
 
+constexpr size_t REGION_BYTES = 32 * 1024;
+
 class HandMadePeer {
   // A network and, at the other end of its socket, whatever the test writes.
 
 public:
-  explicit HandMadePeer(Side side)
+  explicit HandMadePeer(SharedMemoryOptions options = SharedMemoryOptions())
       : io(kj::setupAsyncIo()), pipe(io.provider->newCapabilityPipe()),
-        network(*pipe.ends[0], 1, side) {
-    if (side == Side::CLIENT) {
-      capnp::MallocMessageBuilder message;
-      auto vatId = message.initRoot<capnp::rpc::twoparty::VatId>();
-      vatId.setSide(Side::SERVER);
-      connection = KJ_ASSERT_NONNULL(network.connect(vatId));
-    } else {
-      connection = network.accept().wait(io.waitScope);
-    }
+        network(SharedMemoryContext { &io.unixEventPort, options }, *pipe.ends[0], 1,
+                Side::CLIENT),
+        region(createRegion(REGION_BYTES)), receiving(nullptr) {
+    capnp::MallocMessageBuilder message;
+    auto vatId = message.initRoot<capnp::rpc::twoparty::VatId>();
+    vatId.setSide(Side::SERVER);
+    connection = KJ_ASSERT_NONNULL(network.connect(vatId));
   }
 
-  void write(capnp::MessageBuilder& message) {
-    capnp::writeMessage(*pipe.ends[1], message).wait(io.waitScope);
+  // Frames --------------------------------------------------------------------
+
+  void write(capnp::MessageBuilder& message, kj::ArrayPtr<const int> fds = nullptr) {
+    capnp::writeMessage(*pipe.ends[1], fds, message.getSegmentsForOutput()).wait(io.waitScope);
   }
 
-  void writeOfferWithoutFd() {
-    // As it looks behind a proxy that strips file descriptors.
+  template <typename Func>
+  void writeControl(Func&& fill, kj::ArrayPtr<const int> fds = nullptr) {
     ControlMessage message;
-    auto offer = message.get().initOffer();
-    offer.setMinVersion(1);
-    offer.setMaxVersion(1);
-    offer.setNonce(1234);
-    offer.setRegionBytes(32768);
-    write(message.getMessage());
+    fill(message.get());
+    write(message.getMessage(), fds);
+  }
+
+  void writeOffer(bool withFd, uint64_t bytes = REGION_BYTES) {
+    int fd = region.fd;
+    writeControl([&](protocol::Control::Builder control) {
+      auto offer = control.initOffer();
+      offer.setMinVersion(1);
+      offer.setMaxVersion(1);
+      offer.setNonce(1234);
+      offer.setRegionBytes(bytes);
+    }, withFd ? kj::arrayPtr(&fd, 1) : nullptr);
+  }
+
+  void writeMapped() {
+    writeControl([](protocol::Control::Builder control) { control.setMapped(); });
   }
 
   void writeFinish(kj::uint questionId) {
@@ -60,47 +76,215 @@ public:
     return capnp::readMessage(*pipe.ends[1]).wait(io.waitScope);
   }
 
-  kj::uint receiveFinish() {
-    // Of the message which the network delivers next.
-    auto message = KJ_ASSERT_NONNULL(connection->receiveIncomingMessage().wait(io.waitScope));
-    auto reader = message->getBody().getAs<capnp::rpc::Message>();
-    KJ_REQUIRE(reader.isFinish(), "the application got another message", uint(reader.which()));
-    return reader.getFinish().getQuestionId();
+  protocol::Control::Which readControl() {
+    auto message = read();
+    return KJ_ASSERT_NONNULL(asControl(message->getRoot<capnp::AnyPointer>())).which();
+  }
+
+  // Shared memory -------------------------------------------------------------
+
+  void startReceiving() {
+    receiving = connection->receiveIncomingMessage().then(
+        [this](kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>&&) {}, [this](kj::Exception&& exception) {
+      failure = kj::str(exception.getDescription());
+    }).eagerlyEvaluate(nullptr);
+  }
+
+  void upgrade(uint64_t ringLines = FIRST_RING_LINES) {
+    // Through the whole set-up, up to both sides' switch.
+    startReceiving();
+    kj::AutoCloseFd fdSpace[1];
+    auto offer = capnp::readMessage(*pipe.ends[1], fdSpace).wait(io.waitScope);
+    KJ_REQUIRE(offer.fds.size() == 1);
+    auto bytes = KJ_ASSERT_NONNULL(asControl(offer.reader->getRoot<capnp::AnyPointer>()))
+        .getOffer().getRegionBytes();
+    peerMemory = mapPeerRegion(offer.fds[0], bytes, bytes);
+
+    auto& h = header();
+    h.version.store(PROTOCOL_VERSION);
+    h.regionBytes.store(REGION_BYTES);
+    h.freeOffset.store(sizeof(RegionHeader));
+    h.ringOffset.store(sizeof(RegionHeader));
+    h.ringLines.store(ringLines);
+    h.consumed.store(FIRST_RING_LINES);
+    h.magic.store(REGION_MAGIC);
+    ring = DescriptorProducer(kj::arrayPtr(reinterpret_cast<DescriptorLine*>(
+        region.mapping.bytes().begin() + sizeof(RegionHeader)), FIRST_RING_LINES));
+    writeOffer(true);
+    writeMapped();
+    if (ringLines != FIRST_RING_LINES) return;
+    ASSERT_EQ(readControl(), protocol::Control::MAPPED);
+    ASSERT_EQ(readControl(), protocol::Control::SWITCH);
+    writeControl([](protocol::Control::Builder control) { control.setSwitch(); });
+    settle();
+    ASSERT_EQ(network.getStats().incoming.transport, Transport::SHARED_MEMORY);
+    ASSERT_EQ(failure, "");
+  }
+
+  RegionHeader& header() {
+    return *reinterpret_cast<RegionHeader*>(region.mapping.bytes().begin());
+  }
+
+  void settle() {
+    // Lets the network do what it can.
+    for (int i = 0; i < 5; i++) {
+      io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
+    }
+  }
+
+  void send(size_t textSize) {
+    auto message = connection->newOutgoingMessage(0);
+    message->getBody().initAs<capnp::rpc::Message>().initAbort().initReason(textSize);
+    message->send();
+  }
+
+  void expectFailure(const char* text) {
+    settle();
+    EXPECT_NE(nullptr, strstr(failure.cStr(), text)) << "failure: " << failure.cStr();
   }
 
   kj::AsyncIoContext io;
   kj::CapabilityPipe pipe;
   SharedMemoryVatNetwork network;
+  OwnRegion region;
+  kj::Maybe<Mapping> peerMemory;
+  kj::Maybe<DescriptorProducer> ring;
   kj::Own<Connection> connection;
+  kj::Promise<void> receiving;
+  kj::String failure = kj::str("");
 };
 
-TEST(Setup, WhatWasUnderWayWhenItDeclinedDoesNotReachTheApplication) {
-  HandMadePeer peer(Side::CLIENT);
+kj::uint receiveFinish(HandMadePeer& peer) {
+  // Of the message which the network delivers next.
+  auto message = KJ_ASSERT_NONNULL(
+      peer.connection->receiveIncomingMessage().wait(peer.io.waitScope));
+  auto reader = message->getBody().getAs<capnp::rpc::Message>();
+  KJ_REQUIRE(reader.isFinish(), "the application got another message", kj::uint(reader.which()));
+  return reader.getFinish().getQuestionId();
+}
 
+TEST(Setup, WhatWasUnderWayWhenItDeclinedDoesNotReachTheApplication) {
+  HandMadePeer peer;
   // A server maps the client's region, and answers. The client cannot use the server's.
-  peer.writeOfferWithoutFd();
-  ControlMessage mapped;
-  mapped.get().setMapped();
-  peer.write(mapped.getMessage());
+  peer.writeOffer(false);
+  peer.writeMapped();
   peer.writeFinish(7);
 
-  EXPECT_EQ(peer.receiveFinish(), 7u);
-  auto first = peer.read();
-  EXPECT_TRUE(KJ_ASSERT_NONNULL(asControl(first->getRoot<capnp::AnyPointer>())).isOffer());
-  auto second = peer.read();
-  EXPECT_TRUE(KJ_ASSERT_NONNULL(asControl(second->getRoot<capnp::AnyPointer>())).isDeclined());
+  EXPECT_EQ(receiveFinish(peer), 7u);
+  EXPECT_EQ(peer.readControl(), protocol::Control::OFFER);
+  EXPECT_EQ(peer.readControl(), protocol::Control::DECLINED);
   EXPECT_EQ(peer.network.getStats().incoming.transport, Transport::PLAIN);
 }
 
 TEST(Setup, TwoClientsMayBothDecline) {
-  HandMadePeer peer(Side::CLIENT);
-  peer.writeOfferWithoutFd();
-  ControlMessage declined;
-  declined.get().setDeclined("as it is");
-  peer.write(declined.getMessage());
+  HandMadePeer peer;
+  peer.writeOffer(false);
+  peer.writeControl([](protocol::Control::Builder control) { control.setDeclined("so do I"); });
   peer.writeFinish(8);
-  EXPECT_EQ(peer.receiveFinish(), 8u);
+  EXPECT_EQ(receiveFinish(peer), 8u);
   EXPECT_EQ(peer.network.getStats().incoming.transport, Transport::PLAIN);
+}
+
+TEST(Setup, FirstRegionBeyondMaxBytesIsDeclined) {
+  SharedMemoryOptions options;
+  options.maxBytes = REGION_BYTES;
+  HandMadePeer peer(options);
+  peer.writeOffer(true, 2 * REGION_BYTES);
+  peer.writeFinish(9);
+  EXPECT_EQ(receiveFinish(peer), 9u);
+  EXPECT_EQ(peer.readControl(), protocol::Control::OFFER);
+  EXPECT_EQ(peer.readControl(), protocol::Control::DECLINED);
+  auto reason = peer.network.getStats().incoming.plainReason;
+  EXPECT_NE(nullptr, strstr(reason.cStr(), "65536")) << reason.cStr();
+}
+
+TEST(Setup, SecondOfferIsRefused) {
+  HandMadePeer peer;
+  peer.startReceiving();
+  peer.writeOffer(false);
+  peer.writeOffer(false);
+  peer.expectFailure("offered shared memory twice");
+}
+
+TEST(Setup, FirstRingOfAnotherSizeIsRefused) {
+  HandMadePeer peer;
+  peer.upgrade(2 * FIRST_RING_LINES);
+  peer.expectFailure("first descriptor ring is not of the size");
+}
+
+TEST(Setup, ShutdownEndsTheStreamBehindWhatWasSent) {
+  // Under AddressSanitizer also that it refers to nothing that is gone when it is waited for.
+  for (bool upgraded: { false, true }) {
+    HandMadePeer peer;
+    if (upgraded) peer.upgrade();
+    auto promise = peer.connection->shutdown();
+    promise.wait(peer.io.waitScope);
+    char buffer[4096];
+    auto count = peer.pipe.ends[1]->tryRead(buffer, sizeof(buffer), sizeof(buffer))
+        .wait(peer.io.waitScope);
+    // What was before it: our own offer, unless we have read that.
+    EXPECT_EQ(count > 0, !upgraded);
+  }
+}
+
+TEST(HostilePeer, FileDescriptorsTooFarAheadAreRefused) {
+  HandMadePeer peer;
+  peer.upgrade();
+  int fd = peer.region.fd;
+  auto writeFds = [&]() {
+    peer.writeControl([](protocol::Control::Builder control) { control.setFds(1); },
+        kj::arrayPtr(&fd, 1));
+  };
+  for (kj::uint i = 0; i < MAX_FDS_AHEAD; i++) writeFds();
+  peer.settle();
+  EXPECT_EQ(peer.failure, "");
+  writeFds();
+  peer.expectFailure("too far ahead");
+}
+
+TEST(HostilePeer, FreeHandleWithoutFreeRingIsRefused) {
+  HandMadePeer peer;
+  peer.upgrade();
+  SegmentEntry entry { 0, 8, REGION_BYTES / 2 };
+  uint64_t body[] = { 5, entry.packFirst(), entry.offset };
+  KJ_ASSERT_NONNULL(peer.ring).publish({ DescriptorKind::MESSAGE, 0, 1, 0, 0 }, body);
+  uint64_t bell = ~uint64_t(0);
+  peer.pipe.ends[1]->write(&bell, sizeof(bell)).wait(peer.io.waitScope);
+  peer.expectFailure("no free ring");
+}
+
+TEST(HostilePeer, BadCounterDoesNotThrowFromSend) {
+  HandMadePeer peer;
+  peer.upgrade();
+  // Until messages wait for room.
+  for (int i = 0; i < 200; i++) peer.send(100);
+  ASSERT_GT(peer.network.getStats().heapWaits, 0u);
+  peer.header().consumed.store(uint64_t(1) << 40);
+  EXPECT_NO_THROW(peer.send(100));
+  peer.expectFailure("consumed descriptors that were not published");
+}
+
+TEST(HostilePeer, AnswersToAnnouncementsDoNotPileUp) {
+  HandMadePeer peer;
+  peer.upgrade();
+  for (kj::uint i = 1; i <= 5; i++) {
+    // Without an fd, so refused. An honest peer reads the answers.
+    peer.writeControl([&](protocol::Control::Builder control) {
+      control.initRegion().setId(i);
+      control.getRegion().setBytes(REGION_BYTES);
+    });
+    EXPECT_EQ(peer.readControl(), protocol::Control::REGION_REFUSED);
+  }
+  EXPECT_EQ(peer.failure, "");
+  for (kj::uint i = 6; i < 5000 && peer.failure == ""; i++) {
+    peer.writeControl([&](protocol::Control::Builder control) {
+      control.initRegion().setId(i);
+      control.getRegion().setBytes(REGION_BYTES);
+    });
+    // Not so many at once that this write could block for good, now that nobody reads.
+    if (i % 16 == 0) peer.settle();
+  }
+  peer.expectFailure("more regions than it may");
 }
 
 }  // namespace

@@ -17,7 +17,6 @@ using capnp::word;
 
 namespace {
 
-constexpr uint MAX_FDS_AHEAD = 64;
 constexpr uint MAX_UNRUNG_MESSAGES = 32;
 
 size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
@@ -99,7 +98,10 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   queueSize += bytes;
   waiting.push_back(
       WaitingMessage { kj::atomicAddRef(message), kj::mv(fds), fdState, bytes });
-  publishWaiting();
+  // Whatever the peer wrote that cannot be is no fault of this message.
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { publishWaiting(); })) {
+    fail(kj::mv(*exception));
+  }
 }
 
 void SharedMemoryConnection::sendPlain(
@@ -257,12 +259,7 @@ void SharedMemoryConnection::ringPeer() {
 kj::Promise<void> SharedMemoryConnection::shutdown() {
   if (owner.isForked()) return kj::READY_NOW;
   KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
-  auto end = [this]() { stream.shutdownWrite(); };  // To be copied: then() keeps no lvalue alive.
-  if (!outgoingShared || failure != nullptr) {
-    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(kj::cp(end));
-    previousWrite = nullptr;
-    return result;
-  }
+  if (!outgoingShared || failure != nullptr) return endWriting();
 
   kj::Promise<void> drained = kj::READY_NOW;
   if (!waiting.empty()) {
@@ -272,14 +269,20 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
   }
   // The queue of control writes stays open while messages wait: they may need announcements.
   shuttingDown = true;
-  return drained.then([this, end]() {
-    kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(kj::cp(end));
-    previousWrite = nullptr;
-    return result;
+  return drained.then([this]() {
+    return endWriting();
   }).exclusiveJoin(stream.whenWriteDisconnected().then([]() {
     kj::throwFatalException(KJ_EXCEPTION(DISCONNECTED,
         "peer disconnected before all messages were delivered"));
   }));
+}
+
+kj::Promise<void> SharedMemoryConnection::endWriting() {
+  // Ends the stream behind what is queued; nothing can be queued any more.
+  kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(
+      [this]() { stream.shutdownWrite(); });
+  previousWrite = nullptr;
+  return result;
 }
 
 }  // namespace capnpshm

@@ -106,22 +106,9 @@ void SharedMemoryConnection::handleControl(
       });
       return;
 
-    case protocol::Control::REGION: {
-      auto region = control.getRegion();
-      KJ_IF_MAYBE(i, inbox) {
-        bool mapped = fds.size() > 0 && fds[0] != nullptr &&
-            (*i)->addRegion(region.getId(), fds[0], region.getBytes());
-        auto message = kj::heap<ControlMessage>();
-        if (mapped) {
-          message->get().setRegionMapped(region.getId());
-        } else {
-          message->get().setRegionRefused(region.getId());
-        }
-        writeControl(kj::mv(message));
-        return;
-      }
-      KJ_FAIL_REQUIRE("peer announced a region before shared memory was agreed");
-    }
+    case protocol::Control::REGION:
+      handleRegion(control.getRegion(), fds);
+      return;
 
     case protocol::Control::REGION_MAPPED:
     case protocol::Control::REGION_REFUSED:
@@ -138,6 +125,8 @@ void SharedMemoryConnection::handleControl(
 
     case protocol::Control::FDS: {
       KJ_REQUIRE(incomingShared, "peer sent file descriptors before it switched to shared memory");
+      KJ_REQUIRE(fdRecords.size() < MAX_FDS_AHEAD,
+          "peer sent file descriptors too far ahead of its messages");
       auto kept = kj::heapArrayBuilder<kj::AutoCloseFd>(
           kj::min(fds.size(), size_t(maxFdsPerMessage)));
       for (auto& fd: fds) {
@@ -155,7 +144,8 @@ void SharedMemoryConnection::handleControl(
 
 void SharedMemoryConnection::handleOffer(
     protocol::Offer::Reader peerOffer, kj::ArrayPtr<kj::AutoCloseFd> fds) {
-  KJ_REQUIRE(peerFirstRegion == nullptr && !gotMapped, "peer offered shared memory twice");
+  KJ_REQUIRE(!gotOffer, "peer offered shared memory twice");
+  gotOffer = true;
 
   if (plainReason != nullptr) {
     // We cannot, and if we had offered before, have said so.
@@ -176,7 +166,13 @@ void SharedMemoryConnection::handleOffer(
     return;
   }
 
-  kj::Maybe<kj::String> reason;
+  if (peerOffer.getRegionBytes() > options.maxBytes) {
+    // Each side chooses its sizes for itself; that they do not fit is nobody's fault.
+    decline(kj::str("the peer's first region has ", peerOffer.getRegionBytes(),
+        " bytes, and this side maps no more than ", options.maxBytes));
+    return;
+  }
+
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     peerFirstRegion = kj::atomicRefcounted<PeerRegion>(
         0, mapPeerRegion(fds[0], peerOffer.getRegionBytes(), options.maxBytes));
@@ -199,6 +195,27 @@ void SharedMemoryConnection::handleOffer(
   message->get().setMapped();
   writeControl(kj::mv(message));
   sentMapped = true;
+}
+
+void SharedMemoryConnection::handleRegion(
+    protocol::Region::Reader region, kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  // Or a peer that does not read could make us queue answers without bounds.
+  KJ_REQUIRE(unwrittenAnswers < MAX_UNANSWERED_REGIONS,
+      "peer announced more regions than it may before they are answered");
+  KJ_IF_MAYBE(i, inbox) {
+    kj::Maybe<int> fd;
+    if (fds.size() > 0 && fds[0] != nullptr) fd = fds[0].get();
+    auto message = kj::heap<ControlMessage>();
+    if ((*i)->addRegion(region.getId(), fd, region.getBytes())) {
+      message->get().setRegionMapped(region.getId());
+    } else {
+      message->get().setRegionRefused(region.getId());
+    }
+    ++unwrittenAnswers;
+    writeControl(message.attach(kj::defer([this]() { --unwrittenAnswers; })));
+    return;
+  }
+  KJ_FAIL_REQUIRE("peer announced a region before shared memory was agreed");
 }
 
 void SharedMemoryConnection::handleMapped() {

@@ -84,6 +84,7 @@ private:
 
   // Setting up.
   bool offered = false;
+  bool gotOffer = false;
   bool sentMapped = false;
   bool gotMapped = false;
   bool peerTrustsUs = false;
@@ -92,6 +93,8 @@ private:
   kj::Maybe<kj::Own<PeerRegion>> peerFirstRegion;
   bool outgoingShared = false;
   bool incomingShared = false;
+  uint unwrittenAnswers = 0;
+  // Of our answers to announcements of regions.
   bool switchWritten = false;
   // Whether the write of our SWITCH has begun; it may wait behind plain frames for a while.
   kj::Maybe<kj::String> plainReason;
@@ -156,6 +159,7 @@ private:
   bool handlePlainBody(capnp::AnyPointer::Reader body, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleControl(protocol::Control::Reader control, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleOffer(protocol::Offer::Reader offer, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  void handleRegion(protocol::Region::Reader region, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleMapped();
   bool isMutualTrust() const { return options.trustPeer && peerTrustsUs; }
   void sendBell();
@@ -173,6 +177,7 @@ private:
   kj::Promise<void> enqueueWrite(
       kj::Function<kj::Promise<void>()> write, bool rpcMessage = false);
   void ringPeer();
+  kj::Promise<void> endWriting();
 
   // connection.c++ ------------------------------------------------------------
 

@@ -40,6 +40,8 @@ kj::ArrayPtr<const DescriptorLine> findRing(const PeerRegion& region) {
   KJ_REQUIRE(offset % CACHE_LINE == 0 && offset >= sizeof(RegionHeader) &&
              offset <= bytes.size() && lines <= (bytes.size() - offset) / sizeof(DescriptorLine),
       "peer's descriptor ring lies outside its region", offset, lines, bytes.size());
+  KJ_REQUIRE(lines == FIRST_RING_LINES,
+      "peer's first descriptor ring is not of the size that this version has", lines);
   return kj::arrayPtr(
       reinterpret_cast<const DescriptorLine*>(bytes.begin() + offset), lines);
 }
@@ -48,8 +50,8 @@ kj::ArrayPtr<const DescriptorLine> findRing(const PeerRegion& region) {
 
 Inbox::Inbox(kj::Own<Outbox> outboxParam, kj::Own<PeerRegion> firstRegion, uint32_t version,
              const InboxLimits& limits, kj::Own<ForeignWake> foreignWake)
-    : outbox(kj::mv(outboxParam)), limits(limits), foreignWake(kj::mv(foreignWake)), ring(findRing(*firstRegion)),
-      publishedPosition(ring.getPosition()) {
+    : outbox(kj::mv(outboxParam)), limits(limits), foreignWake(kj::mv(foreignWake)),
+      ring(findRing(*firstRegion)), publishedPosition(ring.getPosition()) {
   auto bytes = firstRegion->bytes();
   auto& header = *reinterpret_cast<const RegionHeader*>(bytes.begin());
   KJ_REQUIRE(loadOnce(header.version) == version,
@@ -76,12 +78,15 @@ const RegionHeader& Inbox::getPeerHeader() const {
   return *reinterpret_cast<const RegionHeader*>(regions[0]->bytes().begin());
 }
 
-bool Inbox::addRegion(uint32_t id, int fd, uint64_t bytes) {
+bool Inbox::addRegion(uint32_t id, kj::Maybe<int> fd, uint64_t bytes) {
   KJ_REQUIRE(id == nextRegionId, "peer announced regions out of order", id, nextRegionId);
   ++nextRegionId;
   if (bytes > limits.maxBytes - kj::min(limits.maxBytes, mappedBytes)) return false;
+  if (fd == nullptr) return false;
+  int number = KJ_ASSERT_NONNULL(fd);
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-    regions.add(kj::atomicRefcounted<PeerRegion>(id, mapPeerRegion(fd, bytes, limits.maxBytes)));
+    regions.add(kj::atomicRefcounted<PeerRegion>(
+        id, mapPeerRegion(number, bytes, limits.maxBytes)));
     mappedBytes += bytes;
   })) {
     if (exception->getType() == kj::Exception::Type::OVERLOADED) return false;
@@ -220,6 +225,8 @@ kj::Own<IncomingMessage> Inbox::takeMessage() {
     }
   }
 
+  KJ_REQUIRE(freeRing != nullptr || handle == FREE_BY_CONSUMPTION,
+      "peer published a message to be freed by handle, but this side has no free ring", handle);
   bool inPlace = limits.inPlace && handle != FREE_BY_CONSUMPTION;
   auto copy = kj::heapArray<word>(inlineWords + (inPlace ? 0 : restWords));
   memcpy(copy.asBytes().begin(), inlineData.begin(), inlineWords * sizeof(word));
@@ -239,7 +246,6 @@ kj::Own<IncomingMessage> Inbox::takeMessage() {
   }
 
   if (inPlace) {
-    KJ_REQUIRE(freeRing != nullptr);
     message->readInPlace(kj::atomicAddRef(*this), handle, kj::mv(used));
   } else if (handle == FREE_BY_CONSUMPTION) {
     consumedBytes += restWords * sizeof(word);

@@ -60,9 +60,9 @@ public:
   kj::ArrayPtr<const SharedWord> getPeerFreeRing() const { return peerFreeRing; }
   // For Outbox::start().
 
-  bool addRegion(uint32_t id, int fd, uint64_t bytes);
-  // Maps a further region. False if it cannot be mapped or goes beyond `maxBytes`; throws if it is
-  // not what the protocol demands.
+  bool addRegion(uint32_t id, kj::Maybe<int> fd, uint64_t bytes);
+  // Maps a further region. False if it cannot be mapped, goes beyond `maxBytes` or came without its
+  // fd; throws if it is not what the protocol demands.
 
   bool isReady() const { return !held && ring.isReady(); }
   // Whether tryTake() may find something. Not if it waits for file descriptors.

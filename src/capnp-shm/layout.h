@@ -55,6 +55,10 @@ struct alignas(CACHE_LINE) DescriptorLine {
 static_assert(sizeof(DescriptorLine) == 64, "a descriptor line is one cache line");
 static_assert(offsetof(DescriptorLine, words) == 8, "the stamp is word 0");
 
+constexpr size_t FIRST_RING_LINES = 64;
+// Of the ring in each side's first region. A constant of version 1, since each side publishes where
+// it stands in the peer's ring before it has seen the peer's header.
+
 constexpr uint HEAD_BODY_WORDS = 6;
 constexpr uint CONTINUATION_BODY_WORDS = 7;
 
@@ -63,6 +67,12 @@ constexpr uint MAX_DESCRIPTOR_LINES = 8;
 
 constexpr uint MAX_BODY_WORDS =
     HEAD_BODY_WORDS + (MAX_DESCRIPTOR_LINES - 1) * CONTINUATION_BODY_WORDS;
+
+constexpr uint MAX_FDS_AHEAD = 64;
+// How many messages with file descriptors may be sent before the peer has consumed the first.
+
+constexpr uint MAX_UNANSWERED_REGIONS = 4;
+// How many announcements of regions may be unanswered.
 
 constexpr uint64_t headStamp(uint64_t position) { return position << 2 | 1; }
 constexpr uint64_t continuationStamp(uint64_t position) { return position << 2 | 2; }

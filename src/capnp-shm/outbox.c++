@@ -13,8 +13,6 @@ using kj::uint;
 
 namespace {
 
-constexpr uint INITIAL_RING_LINES = 64;
-constexpr uint MAX_UNANSWERED = 4;
 constexpr size_t RECLAIM_INTERVAL = 8192;
 constexpr uint64_t UNUSED_BEFORE_RETIRE = 4096;  // Messages.
 
@@ -51,10 +49,10 @@ Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake)
       Region { 0, Region::LOCAL, bytes.size(), 0, kj::mv(memory) }));
 
   size_t ringOffset = sizeof(RegionHeader) + limits.freeEntries * sizeof(SharedWord);
-  size_t arenaOffset = ringOffset + INITIAL_RING_LINES * sizeof(DescriptorLine);
+  size_t arenaOffset = ringOffset + FIRST_RING_LINES * sizeof(DescriptorLine);
   KJ_REQUIRE(arenaOffset + 4096 <= bytes.size(), "first region is too small", bytes.size());
   ring = DescriptorProducer(kj::arrayPtr(
-      reinterpret_cast<DescriptorLine*>(bytes.begin() + ringOffset), INITIAL_RING_LINES));
+      reinterpret_cast<DescriptorLine*>(bytes.begin() + ringOffset), FIRST_RING_LINES));
   arena.addRange(0, arenaOffset, bytes.slice(arenaOffset, bytes.size()));
 }
 
@@ -82,9 +80,9 @@ void Outbox::writeHeader(uint32_t version) {
   set(header.freeOffset, sizeof(RegionHeader));
   set(header.freeEntries, limits.freeEntries);
   set(header.ringOffset, sizeof(RegionHeader) + limits.freeEntries * sizeof(SharedWord));
-  set(header.ringLines, INITIAL_RING_LINES);
+  set(header.ringLines, FIRST_RING_LINES);
   // Where the peer's ring starts, so that its first look at our counter finds no surprise.
-  set(header.consumed, INITIAL_RING_LINES);
+  set(header.consumed, FIRST_RING_LINES);
   // Release: pairs with the acquire load in Inbox's constructor.
   header.magic.store(REGION_MAGIC, std::memory_order_release);
 }
@@ -132,7 +130,7 @@ bool Outbox::tryGrow(size_t bytes) {
 }
 
 kj::Maybe<Outbox::Announcement> Outbox::takeAnnouncement() {
-  if (unanswered >= MAX_UNANSWERED) return nullptr;
+  if (unanswered >= MAX_UNANSWERED_REGIONS) return nullptr;
   for (auto& region: regions) {
     if (region->state == Region::LOCAL && region->id != 0) {
       region->state = Region::ANNOUNCED;
