@@ -207,28 +207,41 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
   auto& r = KJ_ASSERT_NONNULL(ring);
   auto segments = message.getSegments();
 
-  auto allocateMapped = [&](size_t bytes, size_t least) -> Arena::Block* {
+  struct Place {
+    kj::ArrayPtr<byte> bytes;  // Empty if there is none.
+    Arena::Block* block;       // Null for the reserve.
+  };
+  auto findPlace = [&](size_t bytes, size_t least) -> Place {
     // As much as there is, from `bytes` down to `least`.
     for (;;) {
       KJ_IF_MAYBE(block, allocateOrGrow(bytes)) {
         auto region = findRegion(block->getRegion());
-        if (region->state == Region::MAPPED) return block;
+        if (region->state == Region::MAPPED) return { block->bytes(), block };
         arena.free(*block, 0);
-        return nullptr;
+        return { nullptr, nullptr };
       }
-      if (bytes == least) return nullptr;
+      if (bytes == least) break;
       bytes = kj::max(bytes / 2 / CACHE_LINE * CACHE_LINE, least);
     }
+    // If the peer has consumed everything, those who hold the memory may hold it for ever.
+    if (inFlight.empty()) return { reserve, nullptr };
+    return { nullptr, nullptr };
   };
 
   uint64_t body[1 + SegmentEntry::WORDS];
   body[0] = FREE_BY_CONSUMPTION;
-  auto publish = [&](DescriptorHead head, Arena::Block& block, size_t words) {
-    SegmentEntry entry { block.getRegion(), uint32_t(words), block.getOffset() };
+  auto publish = [&](DescriptorHead head, Place place, size_t words) {
+    SegmentEntry entry { 0, uint32_t(words), 0 };
+    if (place.block == nullptr) {
+      entry.offset = reserve.begin() - regions[0]->memory.mapping.bytes().begin();
+    } else {
+      entry.region = place.block->getRegion();
+      entry.offset = place.block->getOffset();
+    }
     body[1] = entry.packFirst();
     body[2] = entry.offset;
     r.publish(head, kj::arrayPtr(body, kj::size(body)));
-    inFlight.push_back({ r.getPosition(), nullptr, &block, words * sizeof(word) });
+    inFlight.push_back({ r.getPosition(), nullptr, place.block, words * sizeof(word) });
     figures.copiedBytes += words * sizeof(word);
   };
 
@@ -237,12 +250,12 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
 
   if (!progress.active) {
     size_t bytes = segments.size() * sizeof(word);
-    Arena::Block* block = allocateMapped(bytes, bytes);
-    if (block == nullptr) return false;
-    auto table = reinterpret_cast<uint64_t*>(block->bytes().begin());
+    auto place = findPlace(bytes, bytes);
+    if (place.bytes == nullptr) return false;
+    auto table = reinterpret_cast<uint64_t*>(place.bytes.begin());
     for (size_t i = 0; i < segments.size(); i++) table[i] = segments[i].size();
     publish({ DescriptorKind::BEGIN, 0, uint16_t(segments.size()), uint16_t(fdCount), 0 },
-        *block, segments.size());
+        place, segments.size());
     progress = Progress { true, 0, 0 };
   }
 
@@ -256,12 +269,11 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     if (!ringHasRoom(kj::size(body))) return false;
     size_t rest = (segment.size() - progress.word) * sizeof(word);
     size_t wanted = kj::min(rest, kj::max(limits.maxBytes / 16, size_t(4096)));
-    Arena::Block* block = allocateMapped(wanted, kj::min(wanted, CACHE_LINE));
-    if (block == nullptr) return false;
-    size_t words = kj::min(wanted, block->bytes().size()) / sizeof(word);
-    words = kj::min(words, segment.size() - progress.word);
-    memcpy(block->bytes().begin(), segment.begin() + progress.word, words * sizeof(word));
-    publish({ DescriptorKind::PART, 0, 0, 0, 0 }, *block, words);
+    auto place = findPlace(wanted, kj::min(wanted, CACHE_LINE));
+    if (place.bytes == nullptr) return false;
+    size_t words = kj::min(wanted, place.bytes.size()) / sizeof(word);
+    memcpy(place.bytes.begin(), segment.begin() + progress.word, words * sizeof(word));
+    publish({ DescriptorKind::PART, 0, 0, 0, 0 }, place, words);
     progress.word += words;
   }
 

@@ -15,6 +15,11 @@ namespace {
 
 constexpr size_t RECLAIM_INTERVAL = 8192;
 constexpr uint64_t UNUSED_BEFORE_RETIRE = 4096;  // Messages.
+constexpr size_t RESERVE_BYTES = 4096;
+constexpr size_t MIN_ARENA_BYTES = 1024;
+
+static_assert(MAX_SEGMENTS * sizeof(word) <= RESERVE_BYTES,
+    "the table of a message in parts must fit into the reserve");
 
 size_t roundUpToPages(size_t bytes) {
   size_t pageSize = sysconf(_SC_PAGESIZE);
@@ -49,10 +54,13 @@ Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake)
       Region { 0, Region::LOCAL, bytes.size(), 0, kj::mv(memory) }));
 
   size_t ringOffset = sizeof(RegionHeader) + limits.freeEntries * sizeof(SharedWord);
-  size_t arenaOffset = ringOffset + FIRST_RING_LINES * sizeof(DescriptorLine);
-  KJ_REQUIRE(arenaOffset + 4096 <= bytes.size(), "first region is too small", bytes.size());
+  size_t reserveOffset = ringOffset + FIRST_RING_LINES * sizeof(DescriptorLine);
+  size_t arenaOffset = reserveOffset + RESERVE_BYTES;
+  KJ_REQUIRE(arenaOffset + MIN_ARENA_BYTES <= bytes.size(),
+      "first region is too small", bytes.size());
   ring = DescriptorProducer(kj::arrayPtr(
       reinterpret_cast<DescriptorLine*>(bytes.begin() + ringOffset), FIRST_RING_LINES));
+  reserve = bytes.slice(reserveOffset, arenaOffset);
   arena.addRange(0, arenaOffset, bytes.slice(arenaOffset, bytes.size()));
 }
 
@@ -191,7 +199,8 @@ void Outbox::retireUnused() {
 
 bool Outbox::mayHold(size_t bytes) {
   // Whether memory may be given to those who can keep it as long as they like.
-  return arena.getBytesInUse() + bytes <= limits.maxBytes / 4 * 3;
+  size_t growth = growthAllowed ? limits.maxBytes - kj::min(limits.maxBytes, totalBytes) : 0;
+  return arena.getBytesInUse() + bytes <= (arena.getCapacity() + growth) / 4 * 3;
 }
 
 kj::Maybe<Arena::Block&> Outbox::allocateOrGrow(size_t bytes) {
@@ -330,7 +339,7 @@ void Outbox::reclaim() {
     if (front.parcel != nullptr) {
       front.parcel->peerHolds = false;
       releaseIfDone(*front.parcel);
-    } else {
+    } else if (front.block != nullptr) {
       arena.free(*front.block, front.dirtyBytes);
     }
     inFlight.pop_front();

@@ -72,8 +72,10 @@ class Outbox final: public kj::AtomicRefcounted {
   //
   // Invariants:
   // - A descriptor refers only to regions that the peer has mapped.
-  // - At least a quarter of the memory is never held by builders nor by messages read in place, so
-  //   that copies always find room sooner or later and held messages can stall nothing.
+  // - A quarter of the memory is kept from builders and from messages read in place, so that copies
+  //   find room soon. And a small reserve is never lent to either, so that a message can go in
+  //   parts as soon as the peer has consumed everything: held messages can stall nothing, not even
+  //   when they took all memory before the peer refused further regions.
   // - A block is reused only when its builder is destroyed and the peer has released it.
   //
   // Owned by the connection and by every message that has memory here, so it outlives the
@@ -186,8 +188,8 @@ private:
   struct InFlight {
     // Blocks that are free once the peer has consumed the ring up to `position`.
     uint64_t position;
-    Parcel* parcel;     // Of a message, or null:
-    Arena::Block* block;
+    Parcel* parcel;       // Of a message, or null:
+    Arena::Block* block;  // Or, if null too, the reserve.
     size_t dirtyBytes;
   };
 
@@ -202,6 +204,9 @@ private:
   kj::Own<ForeignWake> foreignWake;
   OwnerThread owner;
   Arena arena;
+  kj::ArrayPtr<byte> reserve;
+  // In region 0, for messages in parts. In flight only if nothing was when it was used.
+
   kj::Vector<kj::Own<Region>> regions;
   uint32_t nextRegionId = 1;
   uint unanswered = 0;
