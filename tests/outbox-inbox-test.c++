@@ -295,6 +295,41 @@ TEST(OutboxInbox, HeldMessagesStallNothing) {
   }
 }
 
+TEST(OutboxInbox, RingGrowsAndGivesTheOldOneBack) {
+  // The peer takes nothing for long, again and again: JUMP leads to ever larger rings.
+  EndOptions options;
+  Pair pair(options);
+  uint64_t sent = 0, taken = 0;
+  size_t bytes = 0;
+  uint jumps = 0;
+  for (uint round = 0; round < 400; round++) {
+    for (uint i = 0; i < 300; i++) {
+      auto shape = sent % 8 == 0 ? Shape::ofBytes(sent, 300) : Shape::inlined(sent);
+      ++sent;
+      pair.a.send(shape);
+      pair.handleLetters();
+      if (pair.a.outbox->getRingBytes() != bytes) ++jumps;
+      bytes = pair.a.outbox->getRingBytes();
+    }
+    while (taken < sent) {
+      pair.a.publishWaiting();
+      pair.handleLetters();
+      KJ_IF_MAYBE(message, pair.b.take()) {
+        auto shape = taken % 8 == 0 ? Shape::ofBytes(taken, 300) : Shape::inlined(taken);
+        ASSERT_TRUE(matches(shape, (*message)->getBody())) << taken;
+        ++taken;
+      } else {
+        pair.b.giveBack();
+      }
+    }
+    pair.b.giveBack();
+  }
+  EXPECT_GE(jumps, 3u) << "or the test tests nothing";
+  EXPECT_GE(bytes, 1024 * sizeof(DescriptorLine));
+  pair.a.outbox->reclaim();
+  EXPECT_EQ(bytes, pair.a.outbox->getArenaBytesInUse());
+}
+
 }  // namespace
 }  // namespace testing
 }  // namespace capnpshm

@@ -49,9 +49,12 @@ void Outbox::tryGrowRing() {
       arena.free(*block, 0);
       return;
     }
+    size_t oldBytes = r.getLineCount() * sizeof(DescriptorLine);
     SegmentEntry target { region->id, uint32_t(bytes / sizeof(word)), block->getOffset() };
     r.jump(target, kj::arrayPtr(
         reinterpret_cast<DescriptorLine*>(block->bytes().begin()), lines));
+    if (ringBlock != nullptr) inFlight.push_back({ r.getPosition(), nullptr, ringBlock, oldBytes });
+    ringBlock = block;
     timesFull = 0;
   }
 }

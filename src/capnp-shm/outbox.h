@@ -219,6 +219,7 @@ private:
   kj::Vector<kj::Array<capnp::word>> scratches;
 
   kj::Maybe<DescriptorProducer> ring;
+  Arena::Block* ringBlock = nullptr;  // Where the ring lies; null for the first, before the arena.
   uint timesFull = 0;
   const RegionHeader* peerHeader = nullptr;
   kj::Maybe<FreeConsumer> freeRing;
