@@ -330,6 +330,71 @@ TEST(OutboxInbox, RingGrowsAndGivesTheOldOneBack) {
   EXPECT_EQ(bytes, pair.a.outbox->getArenaBytesInUse());
 }
 
+TEST(OutboxInbox, UnusedRegionsAreRetired) {
+  // After a burst, calls of any kind give the memory back sooner or later.
+  for (bool inPlace: { false, true }) {
+    for (uint byReferenceEvery: { 1u, 2u, 0u }) {
+      EndOptions options;
+      options.inPlace = inPlace;
+      options.maxBytes = 4 << 20;
+      Pair pair(options);
+      for (uint i = 0; i < 4; i++) pair.a.waiting.push_back(
+          pair.a.newMessage(Shape::ofBytes(i, 300000)));
+      for (uint i = 0; i < 4;) {
+        pair.a.publishWaiting();
+        pair.handleLetters();
+        KJ_IF_MAYBE(message, pair.b.take()) {
+          ASSERT_TRUE(matches(Shape::ofBytes(i, 300000), (*message)->getBody()));
+          ++i;
+        }
+        pair.b.giveBack();
+      }
+      ASSERT_GT(pair.a.outbox->getRegionCount(), 2u);
+      size_t before = pair.a.outbox->getRegionBytes();
+      for (uint64_t i = 0; i < 20000; i++) {
+        bool small = byReferenceEvery == 0 || i % byReferenceEvery != 0;
+        auto shape = small ? Shape::inlined(i) : Shape::ofBytes(i, 300);
+        ASSERT_TRUE(pair.a.send(shape));
+        ASSERT_TRUE(matches(shape, KJ_ASSERT_NONNULL(pair.b.take())->getBody()));
+        pair.b.giveBack();
+      }
+      // Not all: a region in which the small messages live now stays.
+      EXPECT_LE(pair.a.outbox->getRegionBytes(), before / 4)
+          << "in place: " << inPlace << ", by reference every " << byReferenceEvery;
+    }
+  }
+}
+
+TEST(OutboxInbox, BurstsOverAndOver) {
+  // Growth and retirement in turns; what is retired counts, so that it does not go on for ever.
+  EndOptions options;
+  options.maxBytes = 1 << 20;
+  Pair pair(options);
+  uint64_t number = 0;
+  for (uint round = 0; round < 12; round++) {
+    for (uint i = 0; i < 3; i++) {
+      auto shape = Shape::ofBytes(++number, 200000);
+      pair.a.waiting.push_back(pair.a.newMessage(shape));
+      for (bool taken = false; !taken;) {
+        pair.a.publishWaiting();
+        pair.handleLetters();
+        KJ_IF_MAYBE(message, pair.b.take()) {
+          ASSERT_TRUE(matches(shape, (*message)->getBody()));
+          taken = true;
+        }
+        pair.b.giveBack();
+      }
+    }
+    for (uint i = 0; i < 6000; i++) {
+      auto shape = Shape::ofBytes(++number, 300);
+      ASSERT_TRUE(pair.a.send(shape));
+      ASSERT_TRUE(matches(shape, KJ_ASSERT_NONNULL(pair.b.take())->getBody()));
+      pair.b.giveBack();
+    }
+    ASSERT_LE(pair.a.outbox->getRegionBytes(), options.maxBytes);
+  }
+}
+
 }  // namespace
 }  // namespace testing
 }  // namespace capnpshm

@@ -18,6 +18,7 @@ namespace {
 constexpr uint MAX_RING_LINES = 8192;
 constexpr uint MAX_INLINE_WORDS = 20;
 constexpr uint TIMES_FULL_BEFORE_GROWTH = 4;
+constexpr uint64_t MESSAGES_BETWEEN_RETIREMENTS = 256;
 
 static_assert(bodyCapacity(3) == MAX_INLINE_WORDS, "three lines hold the longest inline message");
 
@@ -59,6 +60,10 @@ void Outbox::tryGrowRing() {
   }
 }
 
+void Outbox::countPublished() {
+  if (++published % MESSAGES_BETWEEN_RETIREMENTS == 0) retireUnused();
+}
+
 bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
   if (progress.active) return publishInParts(message, fdCount);
 
@@ -84,9 +89,9 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
   if (rest.size() == 0) {
     if (!ringHasRoom(bodyWords)) return false;
     r.publish(head, kj::arrayPtr(body, bodyWords));
-    ++published;
     ++figures.inlineMessages;
     figures.inlineBytes += totalBytes;
+    countPublished();
     return true;
   }
 
@@ -194,7 +199,6 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
   }
 
   r.publish(head, kj::arrayPtr(body, bodyWords));
-  ++published;
   ++figures.referencedMessages;
   figures.referencedBytes += totalBytes;
   if (byHandle) {
@@ -202,7 +206,7 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
   } else {
     inFlight.push_back({ r.getPosition(), parcel, nullptr, 0 });
   }
-  if (published % 256 == 0) retireUnused();
+  countPublished();
   return true;
 }
 
@@ -281,9 +285,9 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
   }
 
   progress = Progress();
-  ++published;
   ++figures.referencedMessages;
   for (auto& segment: segments) figures.referencedBytes += segment.size() * sizeof(word);
+  countPublished();
   return true;
 }
 

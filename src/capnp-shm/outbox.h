@@ -242,6 +242,7 @@ private:
   kj::Maybe<Arena::Block&> allocateOrGrow(size_t bytes);
   bool tryGrow(size_t bytes);
   void tryGrowRing();
+  void countPublished();
   void retireUnused();
   bool mayHold(size_t bytes);
   bool publishInParts(OutgoingMessage& message, uint fdCount);
