@@ -275,7 +275,7 @@ public:
     KJ_IF_MAYBE(letter, mailbox.get()) {
       switch (letter->kind) {
         case Mailbox::Letter::REGION:
-          peer->mailbox.put({ inbox->addRegion(letter->id, letter->fd, letter->bytes)
+          peer->mailbox.put({ inbox->addRegion(letter->id, letter->fd.get(), letter->bytes)
               ? Mailbox::Letter::MAPPED : Mailbox::Letter::REFUSED, letter->id, 0, nullptr });
           break;
         case Mailbox::Letter::MAPPED: outbox->regionMapped(letter->id); break;
