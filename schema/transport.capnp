@@ -44,6 +44,11 @@ struct Control {
     # Comes directly after `switch` if, by the offers, both sides trust each other, and only then:
     # the eventfd by which the sender will wake the receiver is attached. If the sender could not
     # make one nothing is attached, and it goes on ringing by bells on the socket.
+
+    end @10 :Void;
+    # The sender will send no more messages. The socket stays open for bells and answers, since the
+    # receiver may have messages waiting for room, until the sender does not want those either. May
+    # come in place of `switch`, behind the last plain frame.
   }
 
   const magicValue :UInt64 = 0x6d6873706e706163;

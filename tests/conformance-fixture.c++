@@ -198,7 +198,10 @@ void End::expectTransport(Transport expected) {
   checked = true;
   KJ_IF_MAYBE(stats, network.getStats()) {
     for (auto direction: { &stats->outgoing, &stats->incoming }) {
-      EXPECT_EQ(int(expected), int(direction->transport)) << direction->plainReason.cStr();
+      EXPECT_EQ(int(expected), int(direction->transport))
+          << (mode.side == Side::CLIENT ? "client, " : "server, ")
+          << (direction == &stats->outgoing ? "outgoing: " : "incoming: ")
+          << direction->plainReason.cStr();
       EXPECT_EQ(expected == Transport::PLAIN, direction->plainReason.size() > 0);
       EXPECT_EQ(0, direction->socketMessageBytesAfterSwitch);
     }

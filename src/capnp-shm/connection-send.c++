@@ -75,17 +75,19 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   active();
   if (waiting.empty() && fds.size() == 0) {
     announceRegions();
+    auto& o = *KJ_ASSERT_NONNULL(outbox);
+    uint64_t before = o.getPosition();
     bool published = false;
     KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-      published = KJ_ASSERT_NONNULL(outbox)->tryPublish(message, 0);
+      published = o.tryPublish(message, 0);
     })) {
       fail(kj::mv(*exception));
       return;
     }
+    if (o.getPosition() != before) servedInterests |= WANT_DATA;  // Perhaps only a part.
     if (published) {
       ++unflushedCount;
       unflushedSize += bytes;
-      servedInterests |= WANT_DATA;
       if (unflushedCount % MAX_UNRUNG_MESSAGES == 0) ringPeer();
       return;
     }
@@ -259,7 +261,7 @@ void SharedMemoryConnection::ringPeer() {
 kj::Promise<void> SharedMemoryConnection::shutdown() {
   if (owner.isForked()) return kj::READY_NOW;
   KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
-  if (!outgoingShared || failure != nullptr) return endWriting();
+  if (!sentMapped || plainReason != nullptr || failure != nullptr) return endWriting();
 
   kj::Promise<void> drained = kj::READY_NOW;
   if (!waiting.empty()) {
@@ -267,20 +269,41 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
     drained = kj::mv(paf.promise);
     drainedFulfiller = kj::mv(paf.fulfiller);
   }
-  // The queue of control writes stays open while messages wait: they may need announcements.
   shuttingDown = true;
   return drained.then([this]() {
-    return endWriting();
+    // The peer may have messages waiting for room in shared memory, so the socket must stay open
+    // for our bells until nobody wants those messages.
+    auto message = kj::heap<ControlMessage>();
+    message->get().setEnd();
+    writeControl(kj::mv(message));
+    return whenWritten();
   }).exclusiveJoin(stream.whenWriteDisconnected().then([]() {
     kj::throwFatalException(KJ_EXCEPTION(DISCONNECTED,
         "peer disconnected before all messages were delivered"));
   }));
 }
 
+void SharedMemoryConnection::dropped() {
+  if (shuttingDown && !owner.isForked() && previousWrite != nullptr) {
+    endTask = endWriting().eagerlyEvaluate(nullptr);
+  }
+}
+
+kj::Promise<void> SharedMemoryConnection::whenWritten() {
+  // Resolves when everything that is queued now was written.
+  if (previousWrite == nullptr) return kj::READY_NOW;
+  auto forked = KJ_ASSERT_NONNULL(previousWrite).fork();
+  previousWrite = forked.addBranch();
+  return forked.addBranch();
+}
+
 kj::Promise<void> SharedMemoryConnection::endWriting() {
   // Ends the stream behind what is queued; nothing can be queued any more.
-  kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then(
-      [this]() { stream.shutdownWrite(); });
+  if (previousWrite == nullptr) return kj::READY_NOW;
+  kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then([this]() {
+    writeEnded = true;
+    stream.shutdownWrite();
+  }).eagerlyEvaluate(nullptr);
   previousWrite = nullptr;
   return result;
 }

@@ -136,6 +136,19 @@ void SharedMemoryConnection::handleControl(
       return;
     }
 
+    case protocol::Control::END:
+      KJ_REQUIRE(!ended, "peer ended its messages twice");
+      if (plainReason == nullptr && !incomingShared) {
+        KJ_REQUIRE(gotMapped && outgoingShared,
+            "peer ended its messages before shared memory was agreed");
+        incomingShared = true;
+        controlTask = readControl(false).eagerlyEvaluate([this](kj::Exception&& exception) {
+          fail(kj::mv(exception));
+        });
+      }
+      ended = true;
+      return;
+
     case protocol::Control::BELL:
       KJ_FAIL_REQUIRE("peer sent an event bell at the wrong place");
   }
@@ -238,11 +251,12 @@ void SharedMemoryConnection::handleMapped() {
   sleepWord = SleepWord(o->getHeader().sleepWord);
   peerSleepWord = PeerSleepWord(i->getPeerHeader().sleepWord);
 
+  outgoingShared = true;
+  outgoingStats.transport = Transport::SHARED_MEMORY;
+  if (shuttingDown) return;  // The peer has taken our `end`, or will, for the switch.
   auto message = kj::heap<ControlMessage>();
   message->get().setSwitch();
   writeControl(kj::mv(message));
-  outgoingShared = true;
-  outgoingStats.transport = Transport::SHARED_MEMORY;
   if (isMutualTrust()) sendBell();
 }
 
@@ -274,6 +288,7 @@ void SharedMemoryConnection::stayPlain(kj::StringPtr reason) {
   incomingStats.transport = Transport::PLAIN;
   peerFirstRegion = nullptr;
   outbox = nullptr;
+  if (shuttingDown) endTask = endWriting().eagerlyEvaluate(nullptr);
   if (options.requireSharedMemory) {
     fail(KJ_EXCEPTION(FAILED, "shared memory is required, but cannot be used", reason));
   }

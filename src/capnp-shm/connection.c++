@@ -116,7 +116,8 @@ SharedMemoryConnection::SharedMemoryConnection(
       window(kj::refcounted<WindowState>(*this)),
       controlTask(kj::READY_NOW),
       bellTask(kj::READY_NOW),
-      foreignTask(kj::READY_NOW) {
+      foreignTask(kj::READY_NOW),
+      endTask(kj::READY_NOW) {
   peerVatId.initRoot<capnp::rpc::twoparty::VatId>().setSide(
       side == capnp::rpc::twoparty::Side::CLIENT ? capnp::rpc::twoparty::Side::SERVER
                                                  : capnp::rpc::twoparty::Side::CLIENT);
@@ -129,6 +130,10 @@ SharedMemoryConnection::~SharedMemoryConnection() noexcept(false) {
   // What was published this turn must not wait for a bell that never comes; EOF will wake the
   // peer, but only if nobody else holds the socket.
   if (outgoingShared && servedInterests != 0) ringPeer();
+  if (shuttingDown && !writeEnded && !owner.isForked()) {
+    // If the peer is gone already it needs no end of the stream.
+    kj::runCatchingExceptions([this]() { stream.shutdownWrite(); });
+  }
 }
 
 // =======================================================================================
@@ -167,6 +172,7 @@ SharedMemoryConnection::receiveIncomingMessage() {
 }
 
 kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receivePlain() {
+  if (ended) return MaybeMessage(nullptr);
   bool decided = plainReason != nullptr;
   if (decided && plainStream == nullptr) plainStream = compat::newMessageStream(stream);
 
@@ -402,6 +408,7 @@ kj::Promise<void> SharedMemoryConnection::listenToForeignThreads() {
 }
 
 void SharedMemoryConnection::controlEnded(kj::Maybe<kj::Exception> reason) {
+  if (ended) return;  // The peer had said so.
   ended = true;
   endReason = kj::mv(reason);
   wake();
@@ -440,7 +447,7 @@ void SharedMemoryConnection::flush() {
 }
 
 bool SharedMemoryConnection::isWaiting() {
-  return outgoingShared && failure == nullptr && !ended && !owner.isForked() &&
+  return outgoingShared && failure == nullptr && !owner.isForked() &&
       (wantsData() || !waiting.empty());
 }
 
@@ -459,18 +466,16 @@ void SharedMemoryConnection::proceed() {
 }
 
 void SharedMemoryConnection::sleep() {
-  if (!isWaiting()) {
-    // Not interested at present: the peer need not ring.
-    wake();
-    return;
-  }
+  if (!outgoingShared || failure != nullptr || owner.isForked()) return;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     auto& s = KJ_ASSERT_NONNULL(sleepWord);
     if (KJ_ASSERT_NONNULL(inbox)->publishConsumed(true)) {
       servedInterests |= WANT_ROOM;
       ringPeer();
     }
-    if (s.arm((wantsData() ? WANT_DATA : 0) | (waiting.empty() ? 0 : WANT_ROOM))) {
+    if (!isWaiting()) {
+      s.wake();  // The peer need not ring.
+    } else if (s.arm((wantsData() ? WANT_DATA : 0) | (waiting.empty() ? 0 : WANT_ROOM))) {
       ++sleeps;
       if (poll()) {
         wake();

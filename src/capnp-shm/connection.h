@@ -39,6 +39,9 @@ public:
   void offer();
   // Writes the offer, if this side has not yet. Before the first message.
 
+  void dropped();
+  // Nobody will receive messages any more: after shutdown(), ends the stream.
+
   size_t getCurrentQueueSize() { return queueSize + unflushedSize; }
   size_t getCurrentQueueCount() { return queueCount + unflushedCount; }
   kj::Duration getOutgoingMessageWaitTime();
@@ -119,6 +122,7 @@ private:
   uint64_t servedInterests = 0;
   bool writeFailed = false;
   bool shuttingDown = false;
+  bool writeEnded = false;
 
   // Receiving.
   kj::Maybe<kj::Own<capnp::MessageStream>> plainStream;
@@ -151,6 +155,7 @@ private:
   kj::Promise<void> controlTask;
   kj::Promise<void> bellTask;
   kj::Promise<void> foreignTask;
+  kj::Promise<void> endTask;
 
   // connection-setup.c++ ------------------------------------------------------
 
@@ -177,6 +182,7 @@ private:
   kj::Promise<void> enqueueWrite(
       kj::Function<kj::Promise<void>()> write, bool rpcMessage = false);
   void ringPeer();
+  kj::Promise<void> whenWritten();
   kj::Promise<void> endWriting();
 
   // connection.c++ ------------------------------------------------------------
@@ -193,7 +199,7 @@ private:
   void controlEnded(kj::Maybe<kj::Exception> reason);
   void fail(kj::Exception&& exception);
   void wake();
-  bool wantsData() { return incomingShared && receiver != nullptr; }
+  bool wantsData() { return incomingShared && !ended && receiver != nullptr; }
 
   void flush() override;
   bool isWaiting() override;

@@ -72,6 +72,7 @@ public:
         shared(kj::heap<SharedMemoryConnection>(
             context, stream, maxFdsPerMessage, side, receiveOptions, clock)) {
     initDisconnect();
+    disconnectFulfiller.connection = *KJ_ASSERT_NONNULL(shared);
   }
 
   Side side;
@@ -91,9 +92,13 @@ public:
   public:
     mutable kj::Own<kj::PromiseFulfiller<void>> fulfiller;
     mutable uint refcount = 0;
+    mutable kj::Maybe<SharedMemoryConnection&> connection;
 
     void disposeImpl(void*) const override {
-      if (--refcount == 0) fulfiller->fulfill();
+      if (--refcount == 0) {
+        fulfiller->fulfill();
+        KJ_IF_MAYBE(c, connection) c->dropped();
+      }
     }
   };
   FulfillerDisposer disconnectFulfiller;
