@@ -85,12 +85,14 @@ public:
 
   void startReceiving() {
     receiving = connection->receiveIncomingMessage().then(
-        [this](kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>&&) {}, [this](kj::Exception&& exception) {
+        [this](kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>&& message) {
+      ended = message == nullptr;
+    }, [this](kj::Exception&& exception) {
       failure = kj::str(exception.getDescription());
     }).eagerlyEvaluate(nullptr);
   }
 
-  void upgrade(uint64_t ringLines = FIRST_RING_LINES) {
+  void upgrade(uint64_t ringLines = FIRST_RING_LINES, bool ownSwitch = true) {
     // Through the whole set-up, up to both sides' switch.
     startReceiving();
     kj::AutoCloseFd fdSpace[1];
@@ -115,6 +117,7 @@ public:
     if (ringLines != FIRST_RING_LINES) return;
     ASSERT_EQ(readControl(), protocol::Control::MAPPED);
     ASSERT_EQ(readControl(), protocol::Control::SWITCH);
+    if (!ownSwitch) return;
     writeControl([](protocol::Control::Builder control) { control.setSwitch(); });
     settle();
     ASSERT_EQ(network.getStats().incoming.transport, Transport::SHARED_MEMORY);
@@ -152,6 +155,7 @@ public:
   kj::Own<Connection> connection;
   kj::Promise<void> receiving;
   kj::String failure = kj::str("");
+  bool ended = false;
 };
 
 kj::uint receiveFinish(HandMadePeer& peer) {
@@ -212,19 +216,58 @@ TEST(Setup, FirstRingOfAnotherSizeIsRefused) {
   peer.expectFailure("first descriptor ring is not of the size");
 }
 
-TEST(Setup, ShutdownEndsTheStreamBehindWhatWasSent) {
+TEST(Setup, ShutdownEndsAPlainStream) {
   // Under AddressSanitizer also that it refers to nothing that is gone when it is waited for.
-  for (bool upgraded: { false, true }) {
-    HandMadePeer peer;
-    if (upgraded) peer.upgrade();
-    auto promise = peer.connection->shutdown();
-    promise.wait(peer.io.waitScope);
-    char buffer[4096];
-    auto count = peer.pipe.ends[1]->tryRead(buffer, sizeof(buffer), sizeof(buffer))
-        .wait(peer.io.waitScope);
-    // What was before it: our own offer, unless we have read that.
-    EXPECT_EQ(count > 0, !upgraded);
-  }
+  HandMadePeer peer;
+  peer.connection->shutdown().wait(peer.io.waitScope);
+  EXPECT_EQ(peer.readControl(), protocol::Control::OFFER);
+  char byte;
+  EXPECT_EQ(0, peer.pipe.ends[1]->tryRead(&byte, 1, 1).wait(peer.io.waitScope));
+}
+
+TEST(Setup, ShutdownLeavesTheSocketOpenForBellsUntilNobodyReceives) {
+  HandMadePeer peer;
+  peer.upgrade();
+  peer.connection->shutdown().wait(peer.io.waitScope);
+  EXPECT_EQ(peer.readControl(), protocol::Control::END);
+
+  char byte;
+  auto end = peer.pipe.ends[1]->tryRead(&byte, 1, 1);
+  EXPECT_FALSE(end.poll(peer.io.waitScope));
+  peer.receiving = nullptr;
+  peer.connection = nullptr;
+  EXPECT_EQ(0, end.wait(peer.io.waitScope));
+}
+
+TEST(Setup, EndInPlaceOfSwitchIsTheEnd) {
+  HandMadePeer peer;
+  peer.upgrade(FIRST_RING_LINES, false);
+  peer.writeControl([](protocol::Control::Builder control) { control.setEnd(); });
+  peer.settle();
+  EXPECT_EQ(peer.failure, "");
+  EXPECT_TRUE(peer.ended);
+}
+
+TEST(HostilePeer, SecondEndIsRefused) {
+  HandMadePeer peer;
+  peer.upgrade();
+  auto writeEnd = [&]() {
+    peer.writeControl([](protocol::Control::Builder control) { control.setEnd(); });
+  };
+  writeEnd();
+  peer.settle();
+  EXPECT_TRUE(peer.ended);
+  writeEnd();
+  peer.settle();
+  peer.startReceiving();
+  peer.expectFailure("ended its messages twice");
+}
+
+TEST(HostilePeer, EndBeforeTheAgreementIsRefused) {
+  HandMadePeer peer;
+  peer.startReceiving();
+  peer.writeControl([](protocol::Control::Builder control) { control.setEnd(); });
+  peer.expectFailure("before shared memory was agreed");
 }
 
 TEST(HostilePeer, FileDescriptorsTooFarAheadAreRefused) {
