@@ -9,7 +9,7 @@
 #include <kj/debug.h>
 
 // The sending half of a SharedMemoryConnection: plain frames, publishing, the chain of control
-// writes, bells, shutdown. Receiving is in connection.c++.
+// writes, bells, shutdown. Receiving is in connection-receive.c++.
 
 namespace capnpshm {
 

@@ -7,8 +7,7 @@
 #include <unistd.h>
 #include <kj/debug.h>
 
-// The setting up of a SharedMemoryConnection: offer, answer, mapped or declined, SWITCH. The rest
-// is in connection.c++.
+// The setting up of a SharedMemoryConnection: offer, answer, mapped or declined, SWITCH.
 
 namespace capnpshm {
 

@@ -185,7 +185,7 @@ private:
   kj::Promise<void> whenWritten();
   kj::Promise<void> endWriting();
 
-  // connection.c++ ------------------------------------------------------------
+  // connection-receive.c++ ----------------------------------------------------
 
   kj::Promise<MaybeMessage> receivePlain();
   kj::Promise<MaybeMessage> receiveShared();
@@ -197,9 +197,12 @@ private:
   kj::Promise<void> listenToForeignThreads();
   void bellRang();
   void controlEnded(kj::Maybe<kj::Exception> reason);
+  bool wantsData() { return incomingShared && !ended && receiver != nullptr; }
+
+  // connection.c++ ------------------------------------------------------------
+
   void fail(kj::Exception&& exception);
   void wake();
-  bool wantsData() { return incomingShared && !ended && receiver != nullptr; }
 
   void flush() override;
   bool isWaiting() override;

@@ -1,0 +1,350 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "connection.h"
+
+#include "compat.h"
+#include <capnp/serialize.h>
+#include <kj/debug.h>
+
+// The receiving half of a SharedMemoryConnection: plain frames, messages from shared memory, the
+// control socket and bells. Sending is in connection-send.c++.
+
+namespace capnpshm {
+
+using capnp::word;
+
+namespace {
+
+constexpr size_t MAX_CONTROL_WORDS = 64;
+
+struct FrameSize {
+  size_t payloadWords;
+  size_t wireBytes;
+};
+
+FrameSize measure(capnp::MessageReader& message) {
+  // How large a message that came as a plain frame is, without and with the frame's header. (The
+  // library's own sizeInWords() counts the first segment twice in 0.9.2.)
+  uint segments = 0;
+  size_t words = 0;
+  for (;;) {
+    auto segment = message.getSegment(segments);
+    if (segment.begin() == nullptr) break;
+    words += segment.size();
+    ++segments;
+  }
+  return { words, (segments / 2 + 1 + words) * sizeof(word) };
+}
+
+}  // namespace
+
+class SharedMemoryConnection::Receiver {
+  // The adapter of the promise for the next message. Only one exists at a time.
+
+public:
+  Receiver(kj::PromiseFulfiller<MaybeMessage>& fulfiller, SharedMemoryConnection& connection)
+      : fulfiller(fulfiller), connection(connection) {
+    connection.receiver = *this;
+    connection.active();
+  }
+  ~Receiver() noexcept(false) { leave(); }
+  KJ_DISALLOW_COPY(Receiver);
+
+  void fulfill(MaybeMessage&& message) {
+    leave();
+    fulfiller.fulfill(kj::mv(message));
+  }
+  void reject(kj::Exception&& exception) {
+    leave();
+    fulfiller.reject(kj::mv(exception));
+  }
+
+private:
+  kj::PromiseFulfiller<MaybeMessage>& fulfiller;
+  SharedMemoryConnection& connection;
+  bool listed = true;
+
+  void leave() {
+    if (listed) connection.receiver = nullptr;
+    listed = false;
+  }
+};
+
+class PlainIncomingMessage final: public capnp::IncomingRpcMessage {
+  // A message that came as a plain frame.
+
+public:
+  PlainIncomingMessage(kj::Own<capnp::MessageReader> reader, size_t words,
+                       kj::Array<kj::AutoCloseFd> fdSpace, size_t fdCount)
+      : reader(kj::mv(reader)), words(words), fdSpace(kj::mv(fdSpace)), fdCount(fdCount) {}
+
+  capnp::AnyPointer::Reader getBody() override { return reader->getRoot<capnp::AnyPointer>(); }
+  kj::ArrayPtr<kj::AutoCloseFd> getAttachedFds() override { return fdSpace.slice(0, fdCount); }
+  size_t sizeInWords() override { return words; }
+
+private:
+  kj::Own<capnp::MessageReader> reader;
+  size_t words;
+  kj::Array<kj::AutoCloseFd> fdSpace;
+  size_t fdCount;
+};
+
+kj::Promise<SharedMemoryConnection::MaybeMessage>
+SharedMemoryConnection::receiveIncomingMessage() {
+  KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+  if (owner.isForked()) {
+    return KJ_EXCEPTION(DISCONNECTED, "the connection belongs to the parent process");
+  }
+  if (incomingShared) return receiveShared();
+  return kj::evalLater([this]() -> kj::Promise<MaybeMessage> {
+    KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+    return receivePlain();
+  });
+}
+
+kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receivePlain() {
+  if (ended) return MaybeMessage(nullptr);
+  bool decided = plainReason != nullptr;
+  if (decided && plainStream == nullptr) plainStream = compat::newMessageStream(stream);
+
+  // Room for the fd of a region even if RPC messages may have none.
+  size_t space = decided ? size_t(maxFdsPerMessage) : kj::max(size_t(maxFdsPerMessage), size_t(1));
+  auto fdSpace = kj::heapArray<kj::AutoCloseFd>(space);
+  kj::Promise<kj::Maybe<capnp::MessageReaderAndFds>> promise = nullptr;
+  KJ_IF_MAYBE(s, plainStream) {
+    promise = (*s)->tryReadMessage(fdSpace, receiveOptions);
+  } else {
+    promise = capnp::tryReadMessage(stream, fdSpace, receiveOptions);
+  }
+
+  return readCanceler.wrap(kj::mv(promise)).then(
+      [this, fdSpace = kj::mv(fdSpace)]
+      (kj::Maybe<capnp::MessageReaderAndFds>&& message) mutable -> kj::Promise<MaybeMessage> {
+    KJ_IF_MAYBE(m, message) {
+      auto size = measure(*m->reader);
+      incomingStats.socketBytes += size.wireBytes;
+      // Also if it is decided: what the peer sent before it knew may still be under way.
+      auto body = m->reader->getRoot<capnp::AnyPointer>();
+      bool mine = false;
+      KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+        mine = handlePlainBody(body, m->fds);
+      })) {
+        fail(kj::mv(*exception));
+      }
+      KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+      if (mine) {
+        if (incomingShared) return receiveShared();
+        return receivePlain();
+      }
+      ++incomingStats.messages;
+      incomingStats.bytes += size.payloadWords * sizeof(word);
+      ++incomingStats.socketMessages;
+      incomingStats.socketMessageBytes += size.wireBytes;
+      if (incomingShared) incomingStats.socketMessageBytesAfterSwitch += size.wireBytes;
+      // Never more than the application allows, closed before it sees the message.
+      for (size_t i = maxFdsPerMessage; i < m->fds.size(); i++) m->fds[i] = nullptr;
+      size_t fdCount = kj::min(m->fds.size(), size_t(maxFdsPerMessage));
+      return MaybeMessage(kj::Own<capnp::IncomingRpcMessage>(kj::heap<PlainIncomingMessage>(
+          kj::mv(m->reader), size.payloadWords, kj::mv(fdSpace), fdCount)));
+    }
+    return MaybeMessage(nullptr);
+  });
+}
+
+kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiveShared() {
+  wake();
+  if (getTurnEnd().mustYield()) {
+    return getTurnEnd().yieldToPort().then([this]() -> kj::Promise<MaybeMessage> {
+      KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
+      return receiveShared();
+    });
+  }
+
+  MaybeMessage message;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() { message = takeOne(); })) {
+    fail(kj::cp(*exception));
+    return kj::mv(*exception);
+  }
+  if (message != nullptr) return kj::mv(message);
+  if (ended) {
+    KJ_IF_MAYBE(exception, endOfDelivery()) return kj::mv(*exception);
+    return MaybeMessage(nullptr);
+  }
+  return kj::newAdaptedPromise<MaybeMessage, Receiver>(*this);
+}
+
+kj::Maybe<kj::Exception> SharedMemoryConnection::endOfDelivery() {
+  // How the stream of messages ended, once everything that the peer had published was delivered.
+  KJ_IF_MAYBE(reason, endReason) return kj::cp(*reason);
+  if (KJ_ASSERT_NONNULL(inbox)->isIncomplete()) {
+    return KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a message");
+  }
+  return nullptr;
+}
+
+SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
+  auto& i = *KJ_ASSERT_NONNULL(inbox);
+  KJ_IF_MAYBE(m, i.tryTake([this](uint) { return !fdRecords.empty(); })) {
+    auto& message = **m;
+    if (message.getFdCount() > 0) {
+      message.attachFds(kj::mv(fdRecords.front()));
+      fdRecords.pop_front();
+    }
+    size_t bytes = message.sizeInWords() * sizeof(word);
+    ++incomingStats.messages;
+    incomingStats.bytes += bytes;
+    ++sharedMessagesTaken;
+    sharedBytesTaken += bytes;
+    getTurnEnd().count(bytes);
+    if (i.publishConsumed(false)) servedInterests |= WANT_ROOM;
+    active();
+    return kj::Own<capnp::IncomingRpcMessage>(kj::mv(*m));
+  }
+  return nullptr;
+}
+
+void SharedMemoryConnection::deliver() {
+  // Hands the next message, or the end, to whoever waits for it.
+  KJ_IF_MAYBE(r, receiver) {
+    KJ_IF_MAYBE(exception, failure) {
+      r->reject(kj::cp(*exception));
+      return;
+    }
+    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+      auto message = takeOne();
+      if (message != nullptr) {
+        r->fulfill(kj::mv(message));
+      } else if (ended) {
+        KJ_IF_MAYBE(reason, endOfDelivery()) {
+          r->reject(kj::mv(*reason));
+        } else {
+          r->fulfill(nullptr);
+        }
+      }
+    })) {
+      fail(kj::mv(*exception));
+    }
+  }
+}
+
+kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
+  struct Frame {
+    uint64_t header = 0;
+    kj::Array<kj::AutoCloseFd> fds;
+    kj::Own<kj::AsyncCapabilityStream> eventStream;
+    word body[MAX_CONTROL_WORDS];
+  };
+  auto frame = kj::heap<Frame>();
+  auto& f = *frame;
+  f.fds = kj::heapArray<kj::AutoCloseFd>(kj::max(maxFdsPerMessage, 1u));
+
+  // Only KJ can make something of an eventfd without an event port, and only while receiving it.
+  auto headerRead = bellExpected && port == nullptr
+      ? stream.tryReadWithStreams(&f.header, sizeof(f.header), sizeof(f.header), &f.eventStream, 1)
+      : stream.tryReadWithFds(&f.header, sizeof(f.header), sizeof(f.header),
+            f.fds.begin(), f.fds.size());
+  return headerRead.then([this, &f, bellExpected](kj::AsyncCapabilityStream::ReadResult n)
+      -> kj::Promise<bool> {
+    incomingStats.socketBytes += n.byteCount;
+    if (n.byteCount == 0) {
+      controlEnded(nullptr);
+      return false;
+    }
+    if (n.byteCount < sizeof(f.header)) {
+      controlEnded(KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a control message"));
+      return false;
+    }
+    wake();
+    if (f.header == BELL && !bellExpected) {
+      bellRang();
+      return true;
+    }
+
+    size_t words = f.header >> 32;
+    uint64_t header = f.header;
+    if (uint32_t(header) != 0 || words == 0 || words > MAX_CONTROL_WORDS) {
+      // Perhaps the beginning of a plain message; what follows is not read.
+      incomingStats.socketMessageBytes += sizeof(header);
+      incomingStats.socketMessageBytesAfterSwitch += sizeof(header);
+      KJ_FAIL_REQUIRE("peer sent something that is not a control message", header);
+    }
+    size_t bytes = words * sizeof(word);
+    size_t fdCount = n.capCount;
+    return stream.tryRead(f.body, bytes, bytes)
+        .then([this, &f, bytes, words, fdCount, bellExpected](size_t n) -> bool {
+      incomingStats.socketBytes += n;
+      if (n < bytes) {
+        controlEnded(KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a control message"));
+        return false;
+      }
+      kj::ArrayPtr<const word> segment = kj::arrayPtr(f.body, words);
+      capnp::SegmentArrayMessageReader reader(kj::arrayPtr(&segment, 1));
+      KJ_IF_MAYBE(control, asControl(reader.getRoot<capnp::AnyPointer>())) {
+        KJ_REQUIRE(control->isBell() == bellExpected,
+            "peer sent control messages in an impossible order", uint(control->which()));
+        if (bellExpected) {
+          if (fdCount > 0) {
+            ownBell = port == nullptr ? EventBellListener::newListener(kj::mv(f.eventStream))
+                                      : EventBellListener::newListener(*port, kj::mv(f.fds[0]));
+            bellTask = listenToBell().eagerlyEvaluate([this](kj::Exception&& exception) {
+              fail(kj::mv(exception));
+            });
+          }
+        } else {
+          handleControl(*control, f.fds.slice(0, fdCount));
+        }
+      } else {
+        ++incomingStats.socketMessages;
+        incomingStats.socketMessageBytes += sizeof(f.header) + bytes;
+        incomingStats.socketMessageBytesAfterSwitch += sizeof(f.header) + bytes;
+        KJ_FAIL_REQUIRE("peer sent a plain message after it had switched to shared memory");
+      }
+      deliver();
+      active();
+      return true;
+    });
+  }).attach(kj::mv(frame)).then([this](bool more) -> kj::Promise<void> {
+    if (more && failure == nullptr) return readControl(false);
+    return kj::READY_NOW;
+  }, [this](kj::Exception&& exception) -> kj::Promise<void> {
+    if (exception.getType() == kj::Exception::Type::DISCONNECTED) {
+      controlEnded(kj::mv(exception));
+      return kj::READY_NOW;
+    }
+    return kj::mv(exception);
+  });
+}
+
+void SharedMemoryConnection::bellRang() {
+  wake();
+  publishWaiting();
+  deliver();
+  active();
+}
+
+kj::Promise<void> SharedMemoryConnection::listenToBell() {
+  return KJ_ASSERT_NONNULL(ownBell)->wait().then([this]() {
+    // First wait again, then look: a ring in between would be lost.
+    auto next = listenToBell();
+    if (failure == nullptr) bellRang();
+    return next;
+  });
+}
+
+kj::Promise<void> SharedMemoryConnection::listenToForeignThreads() {
+  return foreignWake->next().then([this]() {
+    auto next = listenToForeignThreads();
+    active();
+    return next;
+  });
+}
+
+void SharedMemoryConnection::controlEnded(kj::Maybe<kj::Exception> reason) {
+  if (ended) return;  // The peer had said so.
+  ended = true;
+  endReason = kj::mv(reason);
+  wake();
+  deliver();
+}
+
+}  // namespace capnpshm
