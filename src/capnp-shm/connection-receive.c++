@@ -184,7 +184,7 @@ kj::Maybe<kj::Exception> SharedMemoryConnection::endOfDelivery() {
 
 SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
   auto& i = *KJ_ASSERT_NONNULL(inbox);
-  KJ_IF_MAYBE(m, i.tryTake([this](uint) { return !fdRecords.empty(); })) {
+  KJ_IF_MAYBE(m, i.tryTake(!fdRecords.empty())) {
     auto& message = **m;
     if (message.getFdCount() > 0) {
       message.attachFds(kj::mv(fdRecords.front()));

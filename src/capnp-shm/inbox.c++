@@ -112,7 +112,7 @@ kj::ArrayPtr<const byte> Inbox::resolve(const SegmentEntry& entry) {
   return bytes.slice(entry.offset, entry.offset + size);
 }
 
-kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(kj::Function<bool(uint)> fdsArrived) {
+kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(bool fdsArrived) {
   for (;;) {
     if (!held && !ring.tryTake(descriptor)) return nullptr;
 
@@ -120,7 +120,7 @@ kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(kj::Function<bool(uint)> fdsA
     KJ_REQUIRE((assembly == nullptr) == (head.kind != DescriptorKind::PART) ||
                head.kind == DescriptorKind::JUMP,
         "peer published descriptors in an impossible order", uint(head.kind));
-    if (head.fds > 0 && !fdsArrived(head.fds)) {
+    if (head.fds > 0 && !fdsArrived) {
       held = true;
       return nullptr;
     }
@@ -167,14 +167,8 @@ kj::Own<IncomingMessage> Inbox::takeMessage() {
   message->setFdCount(head.fds);
 
   auto inlineData = kj::arrayPtr(descriptor.body, inlineWords);
-  auto segments = kj::heapArray<kj::ArrayPtr<const word>>(count);
-
   if (rest == 0) {
-    auto copy = kj::heapArray<word>(inlineWords);
-    memcpy(copy.asBytes().begin(), inlineData.begin(), inlineWords * sizeof(word));
-    if (count > 0) segments[0] = copy;
-    message->ownCopy(kj::mv(copy));
-    message->setSegments(kj::mv(segments));
+    message->copyInline(inlineData);
     ++inlineMessages;
     inlineBytes += inlineWords * sizeof(word);
     return message;
@@ -230,6 +224,7 @@ kj::Own<IncomingMessage> Inbox::takeMessage() {
   bool inPlace = limits.inPlace && handle != FREE_BY_CONSUMPTION;
   auto copy = kj::heapArray<word>(inlineWords + (inPlace ? 0 : restWords));
   memcpy(copy.asBytes().begin(), inlineData.begin(), inlineWords * sizeof(word));
+  auto segments = kj::heapArray<kj::ArrayPtr<const word>>(count);
   uint index = 0;
   if (inlineWords > 0) segments[index++] = copy.slice(0, inlineWords);
   word* target = copy.begin() + inlineWords;
@@ -397,9 +392,17 @@ IncomingMessage::~IncomingMessage() noexcept(false) {
   KJ_IF_MAYBE(i, inbox) (*i)->release(handle);
 }
 
+void IncomingMessage::copyInline(kj::ArrayPtr<const uint64_t> data) {
+  KJ_IREQUIRE(data.size() <= MAX_BODY_WORDS);
+  memcpy(kj::arrayPtr(inlineWords, MAX_BODY_WORDS).asBytes().begin(), data.begin(), data.asBytes().size());
+  inlineSegment = kj::arrayPtr(inlineWords, data.size());
+  words = data.size();
+  if (words > 0) segments = kj::arrayPtr(&inlineSegment, 1);
+}
+
 void IncomingMessage::setSegments(kj::Array<kj::ArrayPtr<const word>> newSegments) {
-  segments = kj::mv(newSegments);
-  words = 0;
+  ownSegments = kj::mv(newSegments);
+  segments = ownSegments;
   for (auto& segment: segments) words += segment.size();
 }
 

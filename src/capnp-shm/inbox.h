@@ -67,9 +67,9 @@ public:
   bool isReady() const { return !held && ring.isReady(); }
   // Whether tryTake() may find something. Not if it waits for file descriptors.
 
-  kj::Maybe<kj::Own<IncomingMessage>> tryTake(kj::Function<bool(uint fdCount)> fdsArrived);
-  // The next message, if it is there in whole. If file descriptors belong to it and `fdsArrived`
-  // says that they are not here yet, null; then it is to be tried again when they are.
+  kj::Maybe<kj::Own<IncomingMessage>> tryTake(bool fdsArrived);
+  // The next message, if it is there in whole. If file descriptors belong to it, only if
+  // `fdsArrived`; otherwise it is to be tried again when they are here.
 
   bool isIncomplete() const { return held || assembly != nullptr; }
   // Whether a message has begun to arrive whose rest, or whose file descriptors, are not there.
@@ -148,8 +148,14 @@ public:
   explicit IncomingMessage(capnp::ReaderOptions options);
   ~IncomingMessage() noexcept(false);
 
+  // The segments; one of these two:
+  void copyInline(kj::ArrayPtr<const uint64_t> words);
+  // A message that travelled in a descriptor, whose only segment is `words`; without words, a
+  // message without segments. Copied into this object, so that nothing more is allocated.
   void setSegments(kj::Array<kj::ArrayPtr<const capnp::word>> segments);
+
   void ownCopy(kj::Array<capnp::word> memory) { copy = kj::mv(memory); }
+  // What the segments refer to.
   void readInPlace(kj::Own<Inbox> inbox, uint64_t handle, kj::Vector<kj::Own<PeerRegion>> regions);
 
   uint getFdCount() const { return fdCount; }
@@ -163,8 +169,11 @@ public:
   size_t sizeInWords() override { return words; }
 
 private:
-  kj::Array<kj::ArrayPtr<const capnp::word>> segments;
+  kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments;
   size_t words = 0;
+  kj::ArrayPtr<const capnp::word> inlineSegment;
+  capnp::word inlineWords[MAX_BODY_WORDS];
+  kj::Array<kj::ArrayPtr<const capnp::word>> ownSegments;
   kj::Array<capnp::word> copy;
   kj::Vector<kj::Own<PeerRegion>> regions;
   kj::Maybe<kj::Own<Inbox>> inbox;
