@@ -32,7 +32,11 @@ void fullFence() {
 // =======================================================================================
 
 DescriptorProducer::DescriptorProducer(kj::ArrayPtr<DescriptorLine> lines)
-    : lines(lines), position(lines.size()), consumed(lines.size()) {
+    : DescriptorProducer(lines, lines.size()) {}
+
+DescriptorProducer::DescriptorProducer(
+    kj::ArrayPtr<DescriptorLine> lines, uint64_t firstPosition)
+    : lines(lines), position(firstPosition), consumed(firstPosition) {
   KJ_REQUIRE(isPowerOfTwo(lines.size()) && lines.size() >= 2 * MAX_DESCRIPTOR_LINES,
       "bad size of descriptor ring", lines.size());
 }
@@ -89,7 +93,11 @@ void DescriptorProducer::jump(SegmentEntry target, kj::ArrayPtr<DescriptorLine> 
 // =======================================================================================
 
 DescriptorConsumer::DescriptorConsumer(kj::ArrayPtr<const DescriptorLine> lines)
-    : lines(lines), position(lines.size()) {
+    : DescriptorConsumer(lines, lines.size()) {}
+
+DescriptorConsumer::DescriptorConsumer(
+    kj::ArrayPtr<const DescriptorLine> lines, uint64_t firstPosition)
+    : lines(lines), position(firstPosition) {
   KJ_REQUIRE(isPowerOfTwo(lines.size()) && lines.size() >= 2 * MAX_DESCRIPTOR_LINES,
       "bad size of descriptor ring", lines.size());
 }

@@ -26,6 +26,9 @@ public:
   explicit DescriptorProducer(kj::ArrayPtr<DescriptorLine> lines);
   // `lines` must be zeroed, its size a power of two of at least 2 * MAX_DESCRIPTOR_LINES.
 
+  DescriptorProducer(kj::ArrayPtr<DescriptorLine> lines, uint64_t firstPosition);
+  // Starts at a later position, which must be a multiple of the ring's size; for tests.
+
   bool hasRoom(uint lineCount) const {
     return position + lineCount + 1 <= consumed + lines.size();
   }
@@ -75,6 +78,9 @@ class DescriptorConsumer {
 public:
   explicit DescriptorConsumer(kj::ArrayPtr<const DescriptorLine> lines);
   // The size of `lines` is a power of two of at least 2 * MAX_DESCRIPTOR_LINES.
+
+  DescriptorConsumer(kj::ArrayPtr<const DescriptorLine> lines, uint64_t firstPosition);
+  // Starts at a later position, as the producer did; for tests.
 
   bool isReady() const {
     // Whether a descriptor can be taken, or the ring is broken, which tryTake() will tell.
