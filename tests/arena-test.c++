@@ -118,6 +118,183 @@ TEST(Arena, RandomOperationsAgainstModel) {
   }
 }
 
+TEST(Arena, BlocksAreCacheLines) {
+  alignas(64) static byte memory[1 << 16];
+  memset(memory, 0, sizeof(memory));
+  Arena arena;
+  arena.addRange(7, 1024, memory);
+  std::mt19937_64 random(1);
+  for (int i = 0; i < 100; i++) {
+    KJ_IF_MAYBE(block, arena.tryAllocate(1 + random() % 1000)) {
+      EXPECT_EQ(0u, block->getOffset() % CACHE_LINE);
+      EXPECT_EQ(0u, block->bytes().size() % CACHE_LINE);
+      EXPECT_EQ(0u, reinterpret_cast<uintptr_t>(block->bytes().begin()) % CACHE_LINE);
+      EXPECT_EQ(7u, block->getRegion());
+    }
+  }
+  // Ends that are not on a line would share one with a neighbour.
+  auto part = kj::arrayPtr(memory, 128);
+  EXPECT_THROW(arena.addRange(8, 8, part), kj::Exception);
+  EXPECT_THROW(arena.addRange(8, 0, part.slice(0, 100)), kj::Exception);
+  EXPECT_THROW(arena.addRange(8, 0, part.slice(0, 0)), kj::Exception);
+}
+
+TEST(Arena, ZeroesExactlyWhatWasDirtied) {
+  // Marks beyond the dirty bytes, which no user of the arena makes, show what it touches.
+  auto memory = zeroed(4096);
+  Arena arena;
+  arena.addRange(0, 0, memory);
+  auto& whole = KJ_ASSERT_NONNULL(arena.tryAllocate(4096));
+  memset(memory.begin(), 0xff, 1000);
+  arena.free(whole, 1000);
+  memset(memory.begin() + 1000, 0xee, 3096);
+  auto count = [&](byte value) {
+    size_t result = 0;
+    for (auto b: memory) result += b == value;
+    return result;
+  };
+
+  // The first part of a block that is split, then the rest of it: dirt is not zeroed before its
+  // place is handed out.
+  auto& first = KJ_ASSERT_NONNULL(arena.tryAllocate(640));
+  ASSERT_EQ(memory.begin(), first.bytes().begin());
+  EXPECT_EQ(640u, count(0));
+  EXPECT_EQ(360u, count(0xff));
+  EXPECT_EQ(3096u, count(0xee));
+  auto& second = KJ_ASSERT_NONNULL(arena.tryAllocate(640));
+  ASSERT_EQ(memory.begin() + 640, second.bytes().begin());
+  EXPECT_EQ(1000u, count(0));
+  EXPECT_EQ(0u, count(0xff));
+  EXPECT_EQ(3096u, count(0xee));
+
+  // Nothing was written: nothing is zeroed.
+  arena.free(first, 0);
+  memset(first.bytes().begin(), 0xdd, 640);
+  auto& again = KJ_ASSERT_NONNULL(arena.tryAllocate(640));
+  ASSERT_EQ(memory.begin(), again.bytes().begin());
+  EXPECT_EQ(640u, count(0xdd));
+}
+
+TEST(Arena, WarmBeforeCold) {
+  auto memory = zeroed(1 << 20);
+  Arena arena;
+  arena.addRange(0, 0, memory);
+
+  // Of several that fit, the one freed last.
+  Arena::Block* blocks[4];
+  for (auto& block: blocks) block = &KJ_ASSERT_NONNULL(arena.tryAllocate(192));
+  for (uint i: { 2u, 0u, 3u, 1u }) arena.free(*blocks[i], 192);
+  for (uint i: { 1u, 3u, 0u, 2u }) {
+    auto& block = KJ_ASSERT_NONNULL(arena.tryAllocate(192));
+    EXPECT_EQ(memory.begin() + 192 * i, block.bytes().begin());
+  }
+
+  // A workload of a few sizes, in whatever order they come and go, settles in the memory it has
+  // touched: at worst, room for the most blocks of each size.
+  constexpr size_t SIZES[] = { 64, 192, 448, 1024, 4096 };
+  size_t bound = 0;
+  for (size_t size: SIZES) bound += 21 * size;
+  std::vector<Arena::Block*> taken;
+  std::mt19937_64 random(5);
+  byte* top = memory.begin();
+  for (int i = 0; i < 200000; i++) {
+    if (taken.size() < 20 || random() % 2) {
+      taken.push_back(&KJ_ASSERT_NONNULL(arena.tryAllocate(SIZES[random() % kj::size(SIZES)])));
+      top = kj::max(top, taken.back()->bytes().end());
+    }
+    if (taken.size() > 20) {
+      std::swap(taken[random() % taken.size()], taken.back());
+      arena.free(*taken.back(), taken.back()->bytes().size());
+      taken.pop_back();
+    }
+  }
+  EXPECT_LT(size_t(top - memory.begin()), bound);
+}
+
+TEST(Arena, RangesComeAndGoAgainstModel) {
+  // As above, with regions added and retired at random, as an Outbox does.
+  for (uint seed = 1; seed <= 6; seed++) {
+    std::mt19937_64 random(seed);
+    Arena arena;
+    struct Range {
+      kj::Array<byte> memory;
+      uint64_t offset;
+      bool removed;
+      size_t inUse;
+    };
+    struct Taken { Arena::Block* block; size_t dirty; byte mark; };
+    std::map<uint32_t, Range> ranges;
+    std::vector<Taken> taken;
+    uint32_t nextRegion = 0;
+    size_t capacity = 0, inUse = 0;
+
+    for (int step = 0; step < 6000; step++) {
+      uint64_t dice = random() % 1000;
+      if (dice < 5 || nextRegion == 0) {
+        if (capacity > 1 << 19) continue;
+        size_t size = (1 + random() % 512) * CACHE_LINE;
+        uint64_t offset = random() % 100 * CACHE_LINE;
+        auto& range = ranges[nextRegion] = Range { zeroed(size), offset, false, 0 };
+        arena.addRange(nextRegion++, offset, range.memory);
+        capacity += size;
+      } else if (dice < 9) {
+        auto i = ranges.begin();
+        if (i == ranges.end()) continue;
+        std::advance(i, random() % ranges.size());
+        if (i->second.removed) continue;
+        arena.removeRange(i->first);
+        i->second.removed = true;
+        capacity -= i->second.memory.size();
+      } else if (dice < 520) {
+        size_t bytes = 1 + random() % (size_t(1) << (random() % 14));
+        KJ_IF_MAYBE(block, arena.tryAllocate(bytes)) {
+          auto& range = ranges.at(block->getRegion());
+          ASSERT_FALSE(range.removed) << "allocated in a retired region";
+          auto target = block->bytes();
+          ASSERT_EQ(range.memory.begin() + (block->getOffset() - range.offset), target.begin());
+          ASSERT_LE(target.end(), range.memory.end());
+          ASSERT_EQ((bytes + 63) / 64 * 64, target.size());
+          for (auto b: target) ASSERT_EQ(0, b);
+          for (auto& other: taken) {
+            ASSERT_TRUE(other.block->bytes().end() <= target.begin() ||
+                        target.end() <= other.block->bytes().begin());
+          }
+          size_t dirty = random() % (target.size() + 1);
+          byte mark = 1 + random() % 255;
+          memset(target.begin(), mark, dirty);
+          taken.push_back({ block, dirty, mark });
+          range.inUse += target.size();
+          inUse += target.size();
+        }
+      } else if (!taken.empty()) {
+        std::swap(taken[random() % taken.size()], taken.back());
+        auto last = taken.back();
+        taken.pop_back();
+        auto bytes = last.block->bytes();
+        for (size_t j = 0; j < bytes.size(); j++) {
+          ASSERT_EQ(j < last.dirty ? last.mark : 0, bytes[j]);
+        }
+        auto i = ranges.find(last.block->getRegion());
+        i->second.inUse -= bytes.size();
+        inUse -= bytes.size();
+        arena.free(*last.block, last.dirty);
+        // A retired region's memory is unmapped as soon as it is unused: the arena must not touch
+        // it any more, which AddressSanitizer tells.
+        if (i->second.removed && i->second.inUse == 0) {
+          ASSERT_TRUE(arena.isUnused(i->first));
+          ranges.erase(i);
+        }
+      }
+      ASSERT_EQ(inUse, arena.getBytesInUse());
+      ASSERT_EQ(capacity, arena.getCapacity());
+      for (auto& range: ranges) {
+        ASSERT_EQ(range.second.inUse == 0, arena.isUnused(range.first));
+      }
+    }
+    EXPECT_GT(nextRegion, 10u);
+  }
+}
+
 TEST(Arena, RemovedRangeIsForgottenWithItsLastBlock) {
   auto first = zeroed(1024), second = zeroed(1024);
   Arena arena;
