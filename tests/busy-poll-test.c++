@@ -1,0 +1,388 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include <capnp-shm/busy-poll.h>
+
+#include <gtest/gtest.h>
+#include <kj/async-io.h>
+#include <kj/debug.h>
+#include <kj/function.h>
+#include <kj/thread.h>
+#include <string>
+#include <unistd.h>
+#include <vector>
+
+namespace capnpshm {
+namespace {
+
+class FakeMember final: public TurnEnd::Member {
+  // Writes down what it is asked to do: its name, and F(lush), P(oll), ! for proceed, S(leep).
+
+public:
+  FakeMember(std::string& log, const char* name, uint64_t spinNanoseconds = 0)
+      : Member(TurnEnd::forThisLoop(), spinNanoseconds), log(log), name(name) {}
+
+  using Member::active;
+  TurnEnd& turnEnd() { return getTurnEnd(); }
+
+  bool waiting = false;
+  kj::Function<bool()> isThere = []() { return false; };
+  kj::Function<void()> onProceed = []() {};
+  uint64_t polls = 0;
+  bool quiet = false;
+
+private:
+  std::string& log;
+  const char* name;
+
+  void write(char what) { if (!quiet) log += std::string(name) + what + ' '; }
+  void flush() override { write('F'); }
+  bool isWaiting() override { return waiting; }
+  bool poll() override {
+    ++polls;
+    bool result = isThere();
+    // Of a row of looks in vain the first is enough to see.
+    if (result || polls == 1) write('P');
+    return result;
+  }
+  void proceed() override {
+    write('!');
+    onProceed();
+  }
+  void sleep() override {
+    write('S');
+    polls = 0;
+  }
+};
+
+class BusyPoll: public ::testing::Test {
+protected:
+  BusyPoll(): io(kj::setupAsyncIo()) {}
+  ~BusyPoll() noexcept override {}
+
+  std::string turn() {
+    // What happened until there was nothing more to do.
+    log.clear();
+    kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+    return log;
+  }
+
+  kj::AsyncIoContext io;
+  std::string log;
+};
+
+TEST_F(BusyPoll, FlushThenLookThenSleep) {
+  FakeMember a(log, "a");
+  EXPECT_EQ("", turn());
+  a.active();
+  EXPECT_EQ("", log) << "not before the end of the turn";
+  EXPECT_EQ("aF aS ", turn()) << "it waits for nothing, so there is nothing to look for";
+  EXPECT_EQ("", turn()) << "once for each activity";
+  a.waiting = true;
+  a.active();
+  a.active();
+  EXPECT_EQ("aF aP aS ", turn());
+}
+
+TEST_F(BusyPoll, AllFlushBeforeAnyLooks) {
+  // Or an answer that one is about to send would come after another's spin.
+  FakeMember a(log, "a"), b(log, "b"), c(log, "c"), idle(log, "i");
+  a.waiting = c.waiting = true;
+  b.active();
+  a.active();
+  c.active();
+  EXPECT_EQ("bF aF cF aP cP aS cS bS ", turn());
+}
+
+TEST_F(BusyPoll, ComesAfterOtherWorkForTheEndOfTheTurn) {
+  // Cap'n Proto's own flushes, for which it uses evalLast() too, after our activity has begun.
+  FakeMember a(log, "a");
+  auto promise = kj::evalLater([&]() {
+    a.active();
+    return kj::evalLast([&]() {
+      log += "flush ";
+      return kj::evalLater([&]() { log += "later "; });
+    });
+  }).eagerlyEvaluate(nullptr);
+  EXPECT_EQ("flush later aF aS ", turn());
+}
+
+TEST_F(BusyPoll, WhoFindsSomethingGoesOnAndNobodySleeps) {
+  FakeMember a(log, "a"), b(log, "b");
+  a.waiting = b.waiting = true;
+  bool first = true;
+  a.isThere = [&]() { return kj::mv(first) && !(first = false); };
+  a.active();
+  b.active();
+  // The next end of the turn is for both: the other is still awake, and must be put to sleep then.
+  EXPECT_EQ("aF bF aP a! bP aF bF aS bS ", turn());
+}
+
+TEST_F(BusyPoll, WorkDoneByProceedComesBeforeTheNextLook) {
+  FakeMember a(log, "a");
+  a.waiting = true;
+  uint left = 3;
+  a.isThere = [&]() { return left > 0; };
+  kj::Promise<void> work = kj::READY_NOW;
+  a.onProceed = [&]() {
+    --left;
+    work = kj::evalLater([&]() { log += "work "; }).eagerlyEvaluate(nullptr);
+  };
+  a.active();
+  EXPECT_EQ("aF aP a! work aF aP a! work aF aP a! work aF aS ", turn());
+}
+
+TEST_F(BusyPoll, MembersThatGoAway) {
+  auto a = kj::heap<FakeMember>(log, "a");
+  auto b = kj::heap<FakeMember>(log, "b");
+  auto c = kj::heap<FakeMember>(log, "c");
+  a->active();
+  b->active();
+  c->active();
+  b = nullptr;
+  EXPECT_EQ("aF cF aS cS ", turn());
+  a->active();
+  a = nullptr;
+  EXPECT_EQ("", turn());
+  c->active();
+  EXPECT_EQ("cF cS ", turn());
+
+  // The last one, with the end of a turn still to come.
+  c->active();
+  c = nullptr;
+  EXPECT_EQ("", turn());
+  FakeMember d(log, "d");
+  d.active();
+  EXPECT_EQ("dF dS ", turn());
+}
+
+TEST_F(BusyPoll, OnlyAFewAreLookedAt) {
+  // So that a round of looking stays short. The others go to sleep whatever those find.
+  constexpr uint COUNT = 20;
+  kj::Vector<kj::Own<FakeMember>> members;
+  for (uint i = 0; i < COUNT; i++) {
+    members.add(kj::heap<FakeMember>(log, ""));
+    members[i]->waiting = true;
+    members[i]->active();
+  }
+  bool first = true;
+  members[0]->isThere = [&]() { return kj::mv(first) && !(first = false); };
+  turn();
+  auto count = [&](char what) {
+    uint result = 0;
+    for (char c: log) result += c == what;
+    return result;
+  };
+  EXPECT_EQ(1u, count('!'));
+  EXPECT_EQ(COUNT + 8, count('F')) << "those that were looked at stay awake for another turn";
+  EXPECT_EQ(COUNT, count('S'));
+}
+
+TEST_F(BusyPoll, OneForEachLoopAtATime) {
+  auto first = TurnEnd::forThisLoop();
+  auto second = TurnEnd::forThisLoop();
+  EXPECT_EQ(first.get(), second.get());
+  first = nullptr;
+  FakeMember a(log, "a");
+  EXPECT_EQ(second.get(), &a.turnEnd()) << "as long as anybody has it";
+  kj::Thread([&]() {
+    auto io = kj::setupAsyncIo();
+    auto other = TurnEnd::forThisLoop();
+    KJ_ASSERT(other.get() != second.get());
+    std::string log;
+    FakeMember b(log, "b");
+    b.active();
+    kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+    KJ_ASSERT(log == "bF bS ");
+  });
+  EXPECT_EQ(second.get(), TurnEnd::forThisLoop().get());
+}
+
+TEST(BusyPollLoops, ComeAndGoOnOneThread) {
+  for (uint i = 0; i < 5; i++) {
+    auto io = kj::setupAsyncIo();
+    std::string log;
+    FakeMember a(log, "a"), b(log, "b");
+    a.active();
+    kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+    EXPECT_EQ("aF aS ", log);
+    // And it may be gone before the end of the turn.
+    b.active();
+  }
+}
+
+TEST_F(BusyPoll, SpinsAsLongAsThatPays) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no spinning on a single CPU";
+  uint64_t looks = 0, needed = 0;
+  FakeMember a(log, "a", 1000000);
+  a.waiting = true;
+  a.quiet = true;
+  uint found = 0;
+  a.isThere = [&]() { return ++looks == needed; };
+  a.onProceed = [&]() { ++found; };
+  auto turnThatFindsItAfter = [&](uint64_t count) {
+    looks = 0;
+    needed = count;
+    uint before = found;
+    a.active();
+    turn();
+    return found - before;
+  };
+  // As if the answer came after a microsecond or so, a hundred looks.
+  for (uint i = 0; i < 50; i++) {
+    if (turnThatFindsItAfter(100) == 0) break;
+  }
+  EXPECT_GT(found, 0u);
+}
+
+TEST_F(BusyPoll, DoesNotSpinWhereItIsForbiddenOrInVain) {
+  FakeMember never(log, "a", 0), brief(log, "b", 50000);
+  for (auto member: { &never, &brief }) {
+    member->waiting = true;
+    member->quiet = true;
+    uint64_t looks = 0;
+    member->isThere = [&]() { ++looks; return false; };
+    uint spins = 0;
+    for (uint i = 0; i < 100; i++) {
+      looks = 0;
+      member->active();
+      turn();
+      ASSERT_GE(looks, 1u);
+      spins += looks > 1;
+    }
+    EXPECT_LE(spins, member == &never ? 0u : 60u);
+    member->isThere = []() { return false; };
+  }
+}
+
+// =======================================================================================
+// Others on the same loop
+
+constexpr uint64_t FOREVER = 5000000;
+// Turns of a member that is always busy: far more than there are while everybody else gets a look
+// in, and yet an end if nobody ever does.
+
+struct BusyMember {
+  // Finds something in every turn, as in a ping-pong whose peer is always awake.
+
+  BusyMember(std::string& log, size_t bytesEach): member(log, "x") {
+    member.quiet = true;
+    member.waiting = true;
+    member.isThere = [this]() { return running && turns < FOREVER; };
+    member.onProceed = [this, bytesEach]() {
+      ++turns;
+      member.turnEnd().count(bytesEach);
+    };
+    member.active();
+  }
+
+  bool running = true;
+  uint64_t turns = 0;
+  FakeMember member;
+};
+
+TEST_F(BusyPoll, TimerProceedsBesideABusyMember) {
+  for (size_t bytes: { 8, 1 << 20 }) {
+    BusyMember busy(log, bytes);
+    uint64_t previous = 0;
+    for (uint i = 0; i < 20; i++) {
+      io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
+      EXPECT_GT(busy.turns, previous) << "and it is not held up itself";
+      previous = busy.turns;
+    }
+    EXPECT_LT(busy.turns, FOREVER);
+    busy.running = false;
+    turn();
+  }
+}
+
+TEST_F(BusyPoll, ExecutorProceedsBesideABusyMember) {
+  constexpr uint CALLS = 200;
+  BusyMember busy(log, 8);
+  auto paf = kj::newPromiseAndCrossThreadFulfiller<void>();
+  auto& executor = kj::getCurrentThreadExecutor();
+  uint calls = 0;
+  uint64_t turnsAtLast = 0;
+  kj::Thread thread([&]() {
+    for (uint i = 0; i < CALLS; i++) {
+      executor.executeSync([&]() {
+        ++calls;
+        turnsAtLast = busy.turns;
+      });
+    }
+    paf.fulfiller->fulfill();
+  });
+  paf.promise.wait(io.waitScope);
+  EXPECT_EQ(CALLS, calls);
+  EXPECT_GT(turnsAtLast, 0u);
+  EXPECT_LT(turnsAtLast, FOREVER);
+  busy.running = false;
+  turn();
+}
+
+TEST_F(BusyPoll, SocketProceedsBesideABusyMember) {
+  BusyMember busy(log, 8);
+  auto pipe = io.provider->newTwoWayPipe();
+  kj::byte buffer[1];
+  for (uint i = 0; i < 200; i++) {
+    auto read = pipe.ends[0]->read(buffer, 1);
+    pipe.ends[1]->write("x", 1).wait(io.waitScope);
+    read.wait(io.waitScope);
+  }
+  EXPECT_LT(busy.turns, FOREVER);
+  busy.running = false;
+  turn();
+}
+
+TEST_F(BusyPoll, YieldIsDueAfterMessagesBytesOrTime) {
+  FakeMember a(log, "a");
+  auto& turnEnd = a.turnEnd();
+  auto yield = [&]() {
+    auto promise = turnEnd.yieldToPort();
+    EXPECT_FALSE(turnEnd.mustYield()) << "what comes after counts from 0";
+    promise.wait(io.waitScope);
+  };
+
+  uint messages = 0;
+  while (!turnEnd.mustYield()) {
+    turnEnd.count(8);
+    ASSERT_LE(++messages, 1024u);
+  }
+  yield();
+  for (uint i = 0; i < 3; i++) {
+    EXPECT_FALSE(turnEnd.mustYield());
+    turnEnd.count(1 << 20);
+  }
+  turnEnd.count(1 << 20);
+  EXPECT_TRUE(turnEnd.mustYield());
+  yield();
+
+  // Few messages, but slow ones. The time is that of the machine, so only that it ends is sure.
+  messages = 0;
+  while (!turnEnd.mustYield()) {
+    if (messages++ % 64 == 0) usleep(3000);
+    turnEnd.count(0);
+  }
+  EXPECT_LE(messages, 192u);
+  yield();
+}
+
+TEST_F(BusyPoll, EndOfTurnWaitsForThePortWhenItIsDue) {
+  FakeMember a(log, "a");
+  for (uint i = 0; i < 2000; i++) a.turnEnd().count(0);
+  // Another thread's call is there already; it must be served first.
+  auto& executor = kj::getCurrentThreadExecutor();
+  std::atomic<bool> sent{false};
+  kj::Thread thread([&]() {
+    auto io = kj::setupAsyncIo();
+    auto promise = executor.executeAsync([this]() { log += "call "; });
+    sent = true;
+    promise.wait(io.waitScope);
+  });
+  while (!sent) usleep(100);
+  a.active();
+  turn();
+  EXPECT_EQ("call aF aS ", log);
+}
+
+}  // namespace
+}  // namespace capnpshm

@@ -1,0 +1,122 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include <capnp-shm/spin-budget.h>
+
+#include <gtest/gtest.h>
+
+namespace capnpshm {
+namespace {
+
+constexpr uint64_t LONGEST = 50000;
+constexpr uint64_t SHORT_SLEEP = 2 * LONGEST;
+constexpr uint64_t LONG_SLEEP = 1000 * LONGEST;
+
+void exhaust(SpinBudget& budget) {
+  while (budget.next(LONGEST) > 0) budget.miss();
+}
+
+uint sleepsUntilTrial(SpinBudget& budget, uint64_t length, uint limit = 100000) {
+  // How many sleeps of a length it takes until there is a spin again.
+  for (uint i = 1; i <= limit; i++) {
+    budget.slept(length, LONGEST);
+    if (budget.next(LONGEST) > 0) return i;
+  }
+  return 0;
+}
+
+TEST(SpinBudget, NeverLongerThanAllowed) {
+  SpinBudget budget;
+  EXPECT_EQ(LONGEST, budget.next(LONGEST)) << "begins with a trial";
+  EXPECT_EQ(0u, budget.next(0)) << "0 is never";
+  EXPECT_EQ(1u, budget.next(1));
+  budget.hit(15000);
+  EXPECT_EQ(LONGEST, budget.next(LONGEST));
+  EXPECT_EQ(100u, budget.next(100));
+}
+
+TEST(SpinBudget, AsLongAsItPaysAFewTimesWhatItTook) {
+  SpinBudget budget;
+  for (int i = 0; i < 1000; i++) {
+    budget.hit(2000);
+    uint64_t next = budget.next(LONGEST);
+    EXPECT_GE(next, 2000u);
+    EXPECT_LE(next, 20000u);
+  }
+  // It follows when answers take longer.
+  uint64_t before = budget.next(LONGEST);
+  for (int i = 0; i < 100; i++) budget.hit(8000);
+  EXPECT_GT(budget.next(LONGEST), before);
+  EXPECT_GE(budget.next(LONGEST), 2 * 8000u);
+
+  // One that failed does not end it, nor several with a hit in between.
+  for (int i = 0; i < 100; i++) {
+    budget.miss();
+    EXPECT_GT(budget.next(LONGEST), 0u);
+    budget.miss();
+    EXPECT_GT(budget.next(LONGEST), 0u);
+    budget.hit(2000);
+  }
+}
+
+TEST(SpinBudget, EndsAfterAFewThatDidNotPay) {
+  for (bool late: { false, true }) {
+    SpinBudget budget;
+    budget.hit(2000);
+    uint count = 0;
+    while (budget.next(LONGEST) > 0) {
+      ASSERT_LT(++count, 10u);
+      // To find something after longer than a wake-up takes is no gain.
+      if (late) budget.hit(LONGEST); else budget.miss();
+    }
+    EXPECT_GE(count, 2u);
+    for (int i = 0; i < 1000; i++) {
+      budget.slept(LONG_SLEEP, LONGEST);
+      EXPECT_EQ(0u, budget.next(LONGEST)) << "long sleeps are no reason for another trial";
+    }
+  }
+}
+
+TEST(SpinBudget, TrialsBecomeRarerAndStayRare) {
+  SpinBudget budget;
+  uint last = 0;
+  for (int i = 0; i < 20; i++) {
+    exhaust(budget);
+    uint sleeps = sleepsUntilTrial(budget, SHORT_SLEEP);
+    EXPECT_GE(sleeps, last);
+    EXPECT_LE(sleeps, kj::max(2 * last, 2u));
+    EXPECT_GE(sleeps, 1u);
+    last = sleeps;
+  }
+  EXPECT_EQ(256u, last) << "what SharedMemoryOptions::spinMicroseconds promises";
+
+  // Spins that pay bring them back.
+  for (int i = 0; i < 8; i++) budget.hit(2000);
+  exhaust(budget);
+  EXPECT_LE(sleepsUntilTrial(budget, SHORT_SLEEP), 2u);
+}
+
+TEST(SpinBudget, PeerThatSpinsIsAReason) {
+  SpinBudget budget;
+  for (int i = 0; i < 20; i++) {
+    exhaust(budget);
+    sleepsUntilTrial(budget, SHORT_SLEEP);
+  }
+  exhaust(budget);
+  uint count = 0;
+  while (budget.next(LONGEST) == 0) {
+    budget.peerWasAwake();
+    ASSERT_LT(++count, 100u);
+  }
+  EXPECT_GT(count, 1u);
+  EXPECT_LT(count, 10u) << "a stronger reason than a short sleep";
+
+  // While it spins itself it makes no difference.
+  uint64_t next = budget.next(LONGEST);
+  for (int i = 0; i < 1000; i++) budget.peerWasAwake();
+  EXPECT_EQ(next, budget.next(LONGEST));
+  exhaust(budget);
+  EXPECT_GT(sleepsUntilTrial(budget, SHORT_SLEEP), 100u);
+}
+
+}  // namespace
+}  // namespace capnpshm
