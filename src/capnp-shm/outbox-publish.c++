@@ -47,7 +47,7 @@ void Outbox::tryGrowRing() {
     Region* region = findRegion(block->getRegion());
     if (region->state != Region::MAPPED) {
       // The region is on its way; next time.
-      arena.free(*block, 0);
+      awaitRegion(*region, *block);
       return;
     }
     size_t oldBytes = r.getLineCount() * sizeof(DescriptorLine);
@@ -136,7 +136,7 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
     }
     auto region = findRegion(copy->getRegion());
     if (region->state != Region::MAPPED) {
-      arena.free(*copy, 0);
+      awaitRegion(*region, *copy);
       return false;
     }
   }
@@ -224,7 +224,7 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
       KJ_IF_MAYBE(block, allocateOrGrow(bytes)) {
         auto region = findRegion(block->getRegion());
         if (region->state == Region::MAPPED) return { block->bytes(), block };
-        arena.free(*block, 0);
+        awaitRegion(*region, *block);
         return { nullptr, nullptr };
       }
       if (bytes == least) break;

@@ -51,7 +51,7 @@ Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake)
   auto bytes = memory.mapping.bytes();
   totalBytes = bytes.size();
   regions.add(kj::heap<Region>(
-      Region { 0, Region::LOCAL, bytes.size(), 0, kj::mv(memory) }));
+      Region { 0, Region::LOCAL, false, bytes.size(), 0, kj::mv(memory) }));
 
   size_t ringOffset = sizeof(RegionHeader) + limits.freeEntries * sizeof(SharedWord);
   size_t reserveOffset = ringOffset + FIRST_RING_LINES * sizeof(DescriptorLine);
@@ -125,7 +125,8 @@ bool Outbox::tryGrow(size_t bytes) {
     auto memory = createRegion(size);
     auto range = memory.mapping.bytes();
     uint32_t id = nextRegionId++;
-    regions.add(kj::heap<Region>(Region { id, Region::LOCAL, size, published, kj::mv(memory) }));
+    regions.add(kj::heap<Region>(Region {
+        id, Region::LOCAL, false, size, published, kj::mv(memory) }));
     arena.addRange(id, 0, range);
     totalBytes += size;
   })) {
@@ -139,14 +140,24 @@ bool Outbox::tryGrow(size_t bytes) {
 
 kj::Maybe<Outbox::Announcement> Outbox::takeAnnouncement() {
   if (unanswered >= MAX_UNANSWERED_REGIONS) return nullptr;
+  // In the order of their ids, whatever order retireUnused() left them in. Not before one of them
+  // is needed: a message that made the outbox grow may have been refused or dropped.
+  Region* first = nullptr;
+  bool needed = false;
   for (auto& region: regions) {
-    if (region->state == Region::LOCAL && region->id != 0) {
-      region->state = Region::ANNOUNCED;
-      ++unanswered;
-      return Announcement { region->id, region->bytes, region->memory.fd.get() };
-    }
+    if (region->state != Region::LOCAL || region->id == 0) continue;
+    if (first == nullptr || region->id < first->id) first = region;
+    needed = needed || region->awaited || !arena.isUnused(region->id);
   }
-  return nullptr;
+  if (!needed) return nullptr;
+  first->state = Region::ANNOUNCED;
+  ++unanswered;
+  return Announcement { first->id, first->bytes, first->memory.fd.get() };
+}
+
+void Outbox::awaitRegion(Region& region, Arena::Block& block) {
+  region.awaited = true;
+  arena.free(block, 0);
 }
 
 void Outbox::regionMapped(uint32_t id) {
@@ -154,6 +165,7 @@ void Outbox::regionMapped(uint32_t id) {
   KJ_REQUIRE(region != nullptr && region->state == Region::ANNOUNCED,
       "peer says it mapped a region that was not announced to it", id);
   region->state = Region::MAPPED;
+  region->awaited = false;
   region->memory.fd = nullptr;
   --unanswered;
 }
@@ -163,6 +175,7 @@ void Outbox::regionRefused(uint32_t id) {
   KJ_REQUIRE(region != nullptr && region->state == Region::ANNOUNCED,
       "peer refuses a region that was not announced to it", id);
   region->state = Region::REFUSED;
+  region->awaited = false;
   region->memory.fd = nullptr;
   --unanswered;
   growthAllowed = false;
@@ -172,10 +185,22 @@ void Outbox::regionRefused(uint32_t id) {
 void Outbox::retireUnused() {
   for (size_t i = 1; i < regions.size(); i++) {
     auto& region = *regions[i];
-    if (!arena.isUnused(region.id)) {
+    if (!arena.isUnused(region.id) || region.awaited) {
       region.lastUsed = published;
+      continue;
+    }
+    if (region.state == Region::LOCAL && region.id + 1 == nextRegionId &&
+        published - region.lastUsed >= UNUSED_BEFORE_RETIRE) {
+      // The peer has never heard of it.
+      arena.removeRange(region.id);
+      --nextRegionId;
+      totalBytes -= region.bytes;
+      regions[i] = kj::mv(regions.back());
+      regions.removeLast();
+      return;
+    }
     // A peer may keep the fds of retired regions, so no more is retired than the limit itself.
-    } else if ((region.state == Region::MAPPED || region.state == Region::REFUSED) &&
+    if ((region.state == Region::MAPPED || region.state == Region::REFUSED) &&
                published - region.lastUsed >= UNUSED_BEFORE_RETIRE &&
                retiredBytes + region.bytes <= limits.maxBytes) {
       auto& r = KJ_ASSERT_NONNULL(ring);

@@ -119,8 +119,8 @@ public:
     int fd;
   };
   kj::Maybe<Announcement> takeAnnouncement();
-  // A region which the peer must be told of, if there is one and no more than three announcements
-  // are unanswered. The fd stays ours.
+  // A region which the peer must be told of, if there is one that something needs and no more than
+  // three announcements are unanswered. The fd stays ours.
 
   void regionMapped(uint32_t id);
   void regionRefused(uint32_t id);
@@ -180,6 +180,7 @@ private:
 
     uint32_t id;
     State state;
+    bool awaited;       // Something waits to be published there, though it holds no block yet.
     size_t bytes;
     uint64_t lastUsed;  // Value of `published` when it was last seen in use.
     OwnRegion memory;
@@ -244,6 +245,7 @@ private:
   void tryGrowRing();
   void countPublished();
   void retireUnused();
+  void awaitRegion(Region& region, Arena::Block& block);
   bool mayHold(size_t bytes);
   bool publishInParts(OutgoingMessage& message, uint fdCount);
   bool ringHasRoom(uint bodyWords);
