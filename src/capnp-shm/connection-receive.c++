@@ -16,6 +16,8 @@ using capnp::word;
 namespace {
 
 constexpr size_t MAX_CONTROL_WORDS = 64;
+constexpr size_t MAX_PLAIN_CONTROL_WORDS = 1024;
+// As a plain frame: there it may be a refusal with its reason, or an offer that comes back.
 
 struct FrameSize {
   size_t payloadWords;
@@ -124,9 +126,13 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
       auto size = measure(*m->reader);
       incomingStats.socketBytes += size.wireBytes;
       // Also if it is decided: what the peer sent before it knew may still be under way.
-      auto body = m->reader->getRoot<capnp::AnyPointer>();
+      // Not into long ones: what is read here counts against the application's traversal limit.
       bool mine = false;
       KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+        kj::Maybe<capnp::AnyPointer::Reader> body;
+        if (size.payloadWords <= MAX_PLAIN_CONTROL_WORDS) {
+          body = m->reader->getRoot<capnp::AnyPointer>();
+        }
         mine = handlePlainBody(body, m->fds);
       })) {
         fail(kj::mv(*exception));

@@ -62,16 +62,19 @@ void SharedMemoryConnection::writeOffer() {
 }
 
 bool SharedMemoryConnection::handlePlainBody(
-    capnp::AnyPointer::Reader body, kj::ArrayPtr<kj::AutoCloseFd> fds) {
-  // True if the message was for the transport; false if it is Cap'n Proto's.
+    kj::Maybe<capnp::AnyPointer::Reader> body, kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  // True if the message was for the transport; false if it is Cap'n Proto's. The body is null if
+  // it is too long for the transport.
 
-  KJ_IF_MAYBE(control, asControl(body)) {
-    handleControl(*control, fds);
-    return true;
-  }
-  if (offered && isEchoOfOffer(body, nonce)) {
-    stayPlain("the peer does not know shared memory");
-    return true;
+  KJ_IF_MAYBE(b, body) {
+    KJ_IF_MAYBE(control, asControl(*b)) {
+      handleControl(*control, fds);
+      return true;
+    }
+    if (offered && isEchoOfOffer(*b, nonce)) {
+      stayPlain("the peer does not know shared memory");
+      return true;
+    }
   }
   if (!offered && plainReason == nullptr) {
     // An offer comes before everything else or not at all.

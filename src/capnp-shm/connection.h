@@ -161,7 +161,8 @@ private:
 
   bool createOutbox();
   void writeOffer();
-  bool handlePlainBody(capnp::AnyPointer::Reader body, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  bool handlePlainBody(
+      kj::Maybe<capnp::AnyPointer::Reader> body, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleControl(protocol::Control::Reader control, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleOffer(protocol::Offer::Reader offer, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleRegion(protocol::Region::Reader region, kj::ArrayPtr<kj::AutoCloseFd> fds);
