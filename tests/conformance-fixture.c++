@@ -105,6 +105,8 @@ Network::Network(const EndMode& mode, kj::UnixEventPort& port, kj::AsyncIoStream
       if (mode.small) {
         context.options.firstRegionBytes = 16 * 1024;
         context.options.maxBytes = 64 * 1024;
+      } else if (options.maxBytes != 0) {
+        context.options.maxBytes = options.maxBytes;
       }
       shared = maxFds == 0
           ? kj::heap<SharedMemoryVatNetwork>(

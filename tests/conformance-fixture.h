@@ -81,6 +81,8 @@ struct LinkOptions {
   kj::uint maxFds = 0;
   capnp::ReaderOptions reader;
   const kj::MonotonicClock& clock = kj::systemCoarseMonotonicClock();
+  size_t maxBytes = 0;
+  // If not 0: SharedMemoryOptions::maxBytes in modes that have a context and do not set it anyway.
 };
 
 class Network {

@@ -13,11 +13,11 @@ namespace {
 
 byte patternByte(size_t i, uint seed) { return byte(i * 131 + (i >> 8) * 17 + seed); }
 
+}  // namespace
+
 void fillPattern(kj::ArrayPtr<byte> data, uint seed) {
   for (size_t i = 0; i < data.size(); i++) data[i] = patternByte(i, seed);
 }
-
-}  // namespace
 
 kj::Array<byte> pattern(size_t bytes, uint seed) {
   auto result = kj::heapArray<byte>(bytes);

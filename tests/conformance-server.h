@@ -17,6 +17,7 @@ namespace conformance {
 using kj::byte;
 using kj::uint;
 
+void fillPattern(kj::ArrayPtr<byte> data, uint seed);
 kj::Array<byte> pattern(size_t bytes, uint seed);
 // Data in which every byte tells its place.
 
