@@ -212,7 +212,6 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
 
 bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
   auto& r = KJ_ASSERT_NONNULL(ring);
-  auto segments = message.getSegments();
 
   struct Place {
     kj::ArrayPtr<byte> bytes;  // Empty if there is none.
@@ -256,6 +255,7 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
   if (!ringHasRoom(kj::size(body))) return false;
 
   if (!progress.active) {
+    auto segments = message.getSegments();
     size_t bytes = segments.size() * sizeof(word);
     auto place = findPlace(bytes, bytes);
     if (place.bytes == nullptr) return false;
@@ -263,9 +263,10 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     for (size_t i = 0; i < segments.size(); i++) table[i] = segments[i].size();
     publish({ DescriptorKind::BEGIN, 0, uint16_t(segments.size()), uint16_t(fdCount), 0 },
         place, segments.size());
-    progress = Progress { true, 0, 0 };
+    progress = Progress { true, kj::heapArray(segments), 0, 0 };
   }
 
+  auto segments = progress.segments.asPtr();
   while (progress.segment < segments.size()) {
     auto& segment = segments[progress.segment];
     if (progress.word == segment.size()) {
@@ -284,9 +285,9 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     progress.word += words;
   }
 
-  progress = Progress();
   ++figures.referencedMessages;
   for (auto& segment: segments) figures.referencedBytes += segment.size() * sizeof(word);
+  progress = Progress();
   countPublished();
   return true;
 }

@@ -197,6 +197,8 @@ private:
   struct Progress {
     // Of the message that is on its way in parts.
     bool active = false;
+    kj::Array<kj::ArrayPtr<const capnp::word>> segments;
+    // As they were announced; whoever still has the message may make it grow meanwhile.
     uint segment = 0;
     size_t word = 0;
   };
