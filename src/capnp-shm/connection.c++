@@ -69,6 +69,7 @@ SharedMemoryConnection::~SharedMemoryConnection() noexcept(false) {
   window->disconnect();
   foreignWake->close();
   KJ_IF_MAYBE(i, inbox) (*i)->close();
+  KJ_IF_MAYBE(o, outbox) (*o)->stop();
   // What was published this turn must not wait for a bell that never comes; EOF will wake the
   // peer, but only if nobody else holds the socket.
   if (outgoingShared && servedInterests != 0) ringPeer();

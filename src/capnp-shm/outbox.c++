@@ -102,6 +102,11 @@ void Outbox::start(const RegionHeader& peer, kj::ArrayPtr<const SharedWord> peer
   regions[0]->memory.fd = nullptr;
 }
 
+void Outbox::stop() {
+  peerHeader = nullptr;
+  freeRing = nullptr;
+}
+
 // =======================================================================================
 // Regions
 

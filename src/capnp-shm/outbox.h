@@ -106,9 +106,12 @@ public:
 
   void start(const RegionHeader& peerHeader, kj::ArrayPtr<const SharedWord> peerFreeRing);
   // The peer has mapped the first region: its fd is closed, and from here on messages can be
-  // published. `peerHeader` (whose `consumed` and `freed` we read)
-  // and `peerFreeRing` (empty if the peer copies everything) must stay mapped as long as
-  // the other methods are called.
+  // published. `peerHeader` (whose `consumed` and `freed` we read) and `peerFreeRing` (empty if the
+  // peer copies everything) must stay mapped until stop().
+
+  void stop();
+  // The connection is gone, and with it the peer's memory. Nothing is published any more, but
+  // messages can still be built and destroyed.
 
   // -------------------------------------------------------------------
   // Regions
