@@ -139,6 +139,8 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
       }
       KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
       if (mine) {
+        // Cap'n Proto 1.x reads the next message only once the previous one is gone.
+        message = nullptr;
         if (incomingShared) return receiveShared();
         return receivePlain();
       }
