@@ -248,6 +248,47 @@ TEST(Setup, EndInPlaceOfSwitchIsTheEnd) {
   EXPECT_TRUE(peer.ended);
 }
 
+TEST(Setup, EndInPlaceOfSwitchIsTheEndAlsoIfThePeerReadsNoMore) {
+  // Its socket is closed with a bell in it, so that ours is reset.
+  HandMadePeer peer;
+  peer.upgrade(FIRST_RING_LINES, false);
+  peer.receiving = nullptr;
+  peer.header().sleepWord.store(5);
+  peer.send(100);
+  peer.settle();
+  peer.writeControl([](protocol::Control::Builder control) { control.setEnd(); });
+  peer.pipe.ends[1] = nullptr;
+  EXPECT_TRUE(peer.connection->receiveIncomingMessage().wait(peer.io.waitScope) == nullptr);
+}
+
+TEST(Setup, ResetDoesNotLoseWhatWasPublished) {
+  HandMadePeer peer;
+  peer.upgrade();
+  peer.receiving = nullptr;
+  peer.header().sleepWord.store(5);
+  peer.send(100);
+  peer.settle();  // So that there is a bell that the peer does not read.
+
+  capnp::MallocMessageBuilder message;
+  message.initRoot<capnp::rpc::Message>().initFinish().setQuestionId(11);
+  auto segment = message.getSegmentsForOutput()[0];
+  uint64_t body[8] = {};
+  KJ_REQUIRE(segment.asBytes().size() <= sizeof(body));
+  memcpy(body, segment.begin(), segment.asBytes().size());
+  KJ_ASSERT_NONNULL(peer.ring).publish(
+      { DescriptorKind::MESSAGE, 0, 1, 0, uint16_t(segment.size()) },
+      kj::arrayPtr(body, segment.size()));
+  // Behind this bell it finds the socket reset.
+  uint64_t bell = ~uint64_t(0);
+  peer.pipe.ends[1]->write(&bell, sizeof(bell)).wait(peer.io.waitScope);
+  peer.pipe.ends[1] = nullptr;
+  peer.settle();
+  EXPECT_EQ(receiveFinish(peer), 11u);
+  peer.startReceiving();
+  peer.settle();
+  EXPECT_NE(peer.failure, "");
+}
+
 TEST(HostilePeer, SecondEndIsRefused) {
   HandMadePeer peer;
   peer.upgrade();

@@ -247,10 +247,14 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
   f.fds = kj::heapArray<kj::AutoCloseFd>(kj::max(maxFdsPerMessage, 1u));
 
   // Only KJ can make something of an eventfd without an event port, and only while receiving it.
-  auto headerRead = bellExpected && port == nullptr
-      ? stream.tryReadWithStreams(&f.header, sizeof(f.header), sizeof(f.header), &f.eventStream, 1)
-      : stream.tryReadWithFds(&f.header, sizeof(f.header), sizeof(f.header),
-            f.fds.begin(), f.fds.size());
+  // KJ may also throw here and now, if the peer closed a socket in which it had left something.
+  auto headerRead = kj::evalNow([&]() {
+    return bellExpected && port == nullptr
+        ? stream.tryReadWithStreams(
+              &f.header, sizeof(f.header), sizeof(f.header), &f.eventStream, 1)
+        : stream.tryReadWithFds(&f.header, sizeof(f.header), sizeof(f.header),
+              f.fds.begin(), f.fds.size());
+  });
   return headerRead.then([this, &f, bellExpected](kj::AsyncCapabilityStream::ReadResult n)
       -> kj::Promise<bool> {
     incomingStats.socketBytes += n.byteCount;
