@@ -62,6 +62,7 @@ void fill(Control::Which which, Control::Builder control) {
     case Control::REGION_REFUSED: control.setRegionRefused(5); break;
     case Control::FDS: control.setFds(6); break;
     case Control::BELL: control.setBell(); break;
+    case Control::END: control.setEnd(); break;
   }
 }
 
@@ -70,7 +71,7 @@ uint unionSize() {
 }
 
 TEST(Handshake, EveryKindSurvivesTheWire) {
-  ASSERT_EQ(9u, unionSize()) << "a new kind must be added to fill()";
+  ASSERT_EQ(10u, unionSize()) << "a new kind must be added to fill()";
   for (uint i = 0; i < unionSize(); i++) {
     auto which = static_cast<Control::Which>(i);
     ControlMessage message;
