@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <capnp/serialize.h>
 #include <kj/debug.h>
@@ -21,6 +22,20 @@ constexpr uint MAX_UNRUNG_MESSAGES = 32;
 
 size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
   return capnp::computeSerializedSizeInWords(segments) * sizeof(word);
+}
+
+bool isHungUp(int socket) {
+  // Whether the peer has closed its end; not if it has only shut it down for writing.
+  pollfd request { socket, 0, 0 };
+  int n;
+  do {
+    n = poll(&request, 1, 0);
+  } while (n < 0 && errno == EINTR);
+  return n > 0 && (request.revents & POLLHUP) != 0;
+}
+
+kj::Exception peerGone() {
+  return KJ_EXCEPTION(DISCONNECTED, "peer disconnected before all messages were delivered");
 }
 
 kj::Array<kj::AutoCloseFd> duplicate(kj::ArrayPtr<const int> fds) {
@@ -265,12 +280,15 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
   if (!sentMapped || plainReason != nullptr || failure != nullptr) return endWriting();
 
   kj::Promise<void> drained = kj::READY_NOW;
+  // The queue of control writes stays open while messages wait: they may need announcements.
+  shuttingDown = true;
   if (!waiting.empty()) {
+    // KJ tells only of a disconnection that happens from now on.
+    if (isHungUp(socket)) return peerGone();
     auto paf = kj::newPromiseAndFulfiller<void>();
     drained = kj::mv(paf.promise);
     drainedFulfiller = kj::mv(paf.fulfiller);
   }
-  shuttingDown = true;
   return drained.then([this]() {
     // The peer may have messages waiting for room in shared memory, so the socket must stay open
     // for our bells until nobody wants those messages.
@@ -278,9 +296,8 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
     message->get().setEnd();
     writeControl(kj::mv(message));
     return whenWritten();
-  }).exclusiveJoin(stream.whenWriteDisconnected().then([]() {
-    kj::throwFatalException(KJ_EXCEPTION(DISCONNECTED,
-        "peer disconnected before all messages were delivered"));
+  }).exclusiveJoin(stream.whenWriteDisconnected().then([]() -> kj::Promise<void> {
+    return peerGone();
   }));
 }
 
