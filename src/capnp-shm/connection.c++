@@ -97,8 +97,8 @@ void SharedMemoryConnection::wake() {
 // The end of a turn
 
 void SharedMemoryConnection::flush() {
-  unflushedCount = 0;
-  unflushedSize = 0;
+  // At the end, since messages that waited may be published here.
+  KJ_DEFER(unflushedCount = 0; unflushedSize = 0);
   if (!outgoingShared || failure != nullptr || owner.isForked()) return;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     announceRegions();
