@@ -150,7 +150,7 @@ protected:
   template <typename T>
   T await(kj::Promise<T>&& promise) {
     // Waits, but not for ever: a deadlock shall fail the test that shows it.
-    return promise.exclusiveJoin(io.provider->getTimer().afterDelay(5 * kj::SECONDS)
+    return promise.exclusiveJoin(io.provider->getTimer().afterDelay(100 * kj::SECONDS)
         .then([]() -> kj::Promise<T> { return KJ_EXCEPTION(FAILED, "deadlock"); }))
         .wait(io.waitScope);
   }
