@@ -1,0 +1,109 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "ratios.h"
+
+#include <algorithm>
+
+namespace capnpshm {
+namespace bench {
+
+namespace {
+
+constexpr char BASELINE[] = "twoparty";
+constexpr char DEFAULT[] = "default";
+
+struct Spec {
+  const char* key;
+  const char* caseName;
+  Parameters parameters;
+  const char* figure;
+  bool moreIsBetter;
+  const char* transport;
+};
+
+Parameters payload(uint64_t bytes) {
+  Parameters result;
+  result.payloadBytes = bytes;
+  return result;
+}
+
+Parameters windowOf(uint window) {
+  Parameters result;
+  result.window = window;
+  return result;
+}
+
+const Spec SPECS[] = {
+  { "small_p50_spin", "small_call", {}, "p50_us", false, "copy-spin" },
+  { "small_p99_spin", "small_call", {}, "p99_us", false, "copy-spin" },
+  { "small_p50_nospin", "small_call", {}, "p50_us", false, "copy-nospin" },
+  { "small_p50_default", "small_call", {}, "p50_us", false, "default" },
+  { "small_cpu_default", "small_call", {}, "cpu_us_per_call", false, "default" },
+  { "small_cpu_nospin", "small_call", {}, "cpu_us_per_call", false, "copy-nospin" },
+  { "small_p50_plain_ctor", "small_call", {}, "p50_us", false, "plain-ctor" },
+  { "window256_copy", "window", windowOf(256), "calls_per_s", true, "copy-spin" },
+  { "param16k_copy_spin", "param", payload(16 << 10), "p50_us", false, "copy-spin" },
+  { "param64k_copy_spin", "param", payload(64 << 10), "p50_us", false, "copy-spin" },
+  { "param1m_copy_rw", "param_rw", payload(1 << 20), "p50_us", false, "copy-spin" },
+  { "param1m_inplace", "param", payload(1 << 20), "p50_us", false, "inplace-spin" },
+  { "param16m_inplace", "param", payload(16 << 20), "p50_us", false, "inplace-spin" },
+  { "stream_copy", "stream", payload(64 << 10), "bytes_per_s", true, "copy-spin" },
+  { "stream_copy_rw", "stream_rw", payload(64 << 10), "bytes_per_s", true, "copy-spin" },
+  { "one_core", "one_core", {}, "p50_us", false, "default" },
+  { "loaded", "loaded", {}, "p50_us", false, "default" },
+};
+
+std::vector<double> pairedRatios(
+    const Row& base, const Row& ours, const char* figure, bool moreIsBetter) {
+  // Round by round, since both were measured within the same fraction of a second.
+  std::vector<double> result;
+  auto baseRounds = base.rounds(figure);
+  auto ourRounds = ours.rounds(figure);
+  if (baseRounds == nullptr || ourRounds == nullptr) return result;
+  for (size_t i = 0; i < baseRounds->size() && i < ourRounds->size(); i++) {
+    double numerator = moreIsBetter ? (*ourRounds)[i] : (*baseRounds)[i];
+    double denominator = moreIsBetter ? (*baseRounds)[i] : (*ourRounds)[i];
+    if (denominator > 0) result.push_back(numerator / denominator);
+  }
+  return result;
+}
+
+}  // namespace
+
+std::vector<Ratio> computeRatios(const Results& results) {
+  std::vector<Ratio> ratios;
+  for (auto& spec: SPECS) {
+    auto base = results.find(spec.caseName, BASELINE, spec.parameters);
+    auto ours = results.find(spec.caseName, spec.transport, spec.parameters);
+    if (base == nullptr || ours == nullptr) continue;
+    auto rounds = pairedRatios(*base, *ours, spec.figure, spec.moreIsBetter);
+    if (rounds.empty()) continue;
+    auto ends = std::minmax_element(rounds.begin(), rounds.end());
+    ratios.push_back({ spec.key, median(rounds), *ends.first, *ends.second });
+  }
+  return ratios;
+}
+
+std::vector<Comparison> findSlower(const std::vector<kj::Own<Row>>& rows) {
+  std::vector<Comparison> slower;
+  for (auto& ours: rows) {
+    if (ours->transport != DEFAULT) continue;
+    for (auto& base: rows) {
+      if (base->transport != BASELINE || base->caseName != ours->caseName ||
+          !(base->parameters == ours->parameters)) {
+        continue;
+      }
+      for (auto figure: { "p50_us", "calls_per_s", "bytes_per_s", "cpu_us_per_call" }) {
+        bool moreIsBetter = figure[0] == 'c' ? figure[1] == 'a' : figure[0] == 'b';
+        auto ratios = pairedRatios(*base, *ours, figure, moreIsBetter);
+        if (!ratios.empty() && median(ratios) < 1) {
+          slower.push_back({ ours.get(), figure, median(ratios) });
+        }
+      }
+    }
+  }
+  return slower;
+}
+
+}  // namespace bench
+}  // namespace capnpshm
