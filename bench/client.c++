@@ -9,8 +9,15 @@
 namespace capnpshm {
 namespace bench {
 
+namespace {
+
+constexpr uint SETUP_CALLS = 3;
+
+}  // namespace
+
 Session::Session(const TransportSpec& transport, const ClientOptions& options)
-    : io(kj::setupAsyncIo()), transport(transport), serverPid(options.serverPid) {
+    : io(kj::setupAsyncIo()), transport(transport), serverPid(options.serverPid),
+      peerCore(options.peerCore) {
   if (transport.hasServer()) {
     address = io.provider->getNetwork().parseAddress(options.address).wait(io.waitScope);
   }
@@ -24,13 +31,19 @@ Session::Connection Session::connect() {
   return { kj::mv(link), kj::mv(target) };
 }
 
-Target::Client& Session::target() {
-  KJ_IF_MAYBE(connection, kept) return connection->target;
-  auto& connection = kept.emplace(connect());
-  // The connection switches to shared memory during the first round trips.
-  for (uint i = 0; i < 3; i++) echo(connection.target).wait(io.waitScope);
-  requireShared(*connection.link);
-  return connection.target;
+void Session::openConnections(uint count) {
+  while (connections.size() < count) {
+    auto connection = connect();
+    // A connection switches to shared memory during the first round trips.
+    for (uint i = 0; i < SETUP_CALLS; i++) echo(connection.target).wait(io.waitScope);
+    requireShared(*connection.link);
+    connections.push_back(kj::mv(connection));
+  }
+}
+
+Target::Client& Session::targetAt(uint index) {
+  openConnections(index + 1);
+  return connections[index].target;
 }
 
 kj::Promise<void> Session::echo(Target::Client& target) {
@@ -54,14 +67,19 @@ Session::Totals Session::totals() {
   if (!transport.isShared()) return result;
   auto response = server.countersRequest().send().wait(io.waitScope);
   auto counters = response.getCounters();
-  auto stats = KJ_ASSERT_NONNULL(KJ_ASSERT_NONNULL(kept).link->getStats());
-  result.doorbells = stats.bellsRung + counters.getDoorbells();
-  result.sleeps = stats.sleeps + counters.getSleeps();
-  result.clientSharedBytes = stats.regionBytes;
+  result.doorbells = counters.getDoorbells();
+  result.sleeps = counters.getSleeps();
   result.serverSharedBytes = counters.getSharedBytes();
-  result.copiedBytes = stats.outgoing.copiedBytes + stats.incoming.copiedBytes +
-      counters.getCopiedBytes();
-  result.heapWaits = stats.heapWaits + counters.getHeapWaits();
+  result.copiedBytes = counters.getCopiedBytes();
+  result.heapWaits = counters.getHeapWaits();
+  for (auto& connection: connections) {
+    auto stats = KJ_ASSERT_NONNULL(connection.link->getStats());
+    result.doorbells += stats.bellsRung;
+    result.sleeps += stats.sleeps;
+    result.clientSharedBytes += stats.regionBytes;
+    result.copiedBytes += stats.outgoing.copiedBytes + stats.incoming.copiedBytes;
+    result.heapWaits += stats.heapWaits;
+  }
   return result;
 }
 
@@ -71,31 +89,27 @@ void Slice::start() {
   totalsBefore = session.totals();
   if (task.getCountSystemCalls()) {
     clientSystemCalls.emplace(getpid());
-    if (session.serverPid != getpid()) serverSystemCalls.emplace(session.serverPid);
+    if (hasServer()) serverSystemCalls.emplace(session.serverPid);
   }
-  client = ProcessUsage::of(getpid());
-  server = ProcessUsage::of(session.serverPid);
+  // Nothing that takes long lies between the CPU clocks and the calls.
+  contextSwitches = countContextSwitches();
   KJ_IF_MAYBE(counter, serverSystemCalls) serverCalls = counter->read();
   KJ_IF_MAYBE(counter, clientSystemCalls) clientCalls = counter->read();
   session.latencies.clear();
   calls = 0;
+  if (hasServer()) serverSeconds = cpuSecondsOf(session.serverPid);
+  clientSeconds = cpuSecondsOf(getpid());
   startTime = now();
   deadline = startTime + uint64_t(task.getSeconds() * 1e9);
 }
 
 void Slice::stop() {
   seconds = (now() - startTime) * 1e-9;
+  clientSeconds = cpuSecondsOf(getpid()) - clientSeconds;
+  if (hasServer()) serverSeconds = cpuSecondsOf(session.serverPid) - serverSeconds;
   KJ_IF_MAYBE(counter, clientSystemCalls) clientCalls = counter->read() - clientCalls;
   KJ_IF_MAYBE(counter, serverSystemCalls) serverCalls = counter->read() - serverCalls;
-  auto used = [](ProcessUsage after, const ProcessUsage& before) {
-    after.cpuSeconds -= before.cpuSeconds;
-    after.contextSwitches -= before.contextSwitches;
-    after.voluntarySwitches -= before.voluntarySwitches;
-    return after;
-  };
-  server = used(ProcessUsage::of(session.serverPid), server);
-  client = used(ProcessUsage::of(getpid()), client);
-  if (session.serverPid == getpid()) server = ProcessUsage();
+  contextSwitches = countContextSwitches() - contextSwitches;
   totalsAfter = session.totals();
 }
 
@@ -106,14 +120,14 @@ void Slice::report(Figures& figures) {
   figures.add("seconds", seconds);
   figures.add("p50_us", latencies.percentile(0.5));
   figures.add("p90_us", latencies.percentile(0.9));
-  figures.add("p99_us", latencies.percentile(0.99));
-  figures.add("p999_us", latencies.percentile(0.999));
+  // A percentile needs some calls beyond it.
+  if (calls >= 100) figures.add("p99_us", latencies.percentile(0.99));
+  if (calls >= 1000) figures.add("p999_us", latencies.percentile(0.999));
   figures.add("calls_per_s", calls / seconds);
-  figures.add("cpu_us_per_call", (client.cpuSeconds + server.cpuSeconds) * 1e6 * perCall);
-  figures.add("client_cpu_us_per_call", client.cpuSeconds * 1e6 * perCall);
-  figures.add("server_cpu_us_per_call", server.cpuSeconds * 1e6 * perCall);
-  figures.add("context_switches_per_call",
-      (client.contextSwitches + server.contextSwitches) * perCall);
+  figures.add("cpu_us_per_call", (clientSeconds + serverSeconds) * 1e6 * perCall);
+  figures.add("client_cpu_us_per_call", clientSeconds * 1e6 * perCall);
+  figures.add("server_cpu_us_per_call", serverSeconds * 1e6 * perCall);
+  figures.add("context_switches_per_call", contextSwitches * perCall);
   if (session.transport.isShared()) {
     figures.add("doorbells_per_call",
         (totalsAfter.doorbells - totalsBefore.doorbells) * perCall);
@@ -152,6 +166,24 @@ struct Case {
 
 const Case CASES[] = {
   { "small_call", &smallCall },
+  { "one_core", &smallCall },
+  { "loaded", &smallCall },
+  { "idle_gap", &idleGap },
+  { "window", &window },
+  { "param", &param },
+  { "param_rw", &param },
+  { "result", &result },
+  { "result_rw", &result },
+  { "stream", &stream },
+  { "stream_rw", &stream },
+  { "held", &held },
+  { "connections", &connections },
+  { "connections_busy", &connectionsBusy },
+  { "connect", &connectTime },
+  { "memory", &idleMemory },
+  { "idle", &idle },
+  { "pages", &pages },
+  { "raw", &rawLimit },
 };
 
 Figures runCase(Session& session, Task::Reader task) {

@@ -9,6 +9,7 @@
 #include "server.h"
 #include "transports.h"
 #include <kj/async-io.h>
+#include <unistd.h>
 
 namespace capnpshm {
 namespace bench {
@@ -33,12 +34,13 @@ struct ClientOptions {
   kj::StringPtr transport;
   kj::String address;    // Of the server's Unix socket.
   pid_t serverPid = 0;   // The client's own if there is no server process.
+  uint peerCore = 0;     // Where the server runs.
   int tasksFd = -1;      // Tasks come in here...
   int outcomesFd = -1;   // and the outcomes go out here.
 };
 
 class Session {
-  // A client process and its server. It keeps one connection open for all its slices.
+  // A client process and its server. It keeps its connections open for all its slices.
 
 public:
   struct Connection {
@@ -51,19 +53,25 @@ public:
   kj::AsyncIoContext io;
   const TransportSpec& transport;
   const pid_t serverPid;
+  const uint peerCore;
   Latencies latencies;
 
   kj::WaitScope& waitScope() { return io.waitScope; }
   Connection connect();
-  Target::Client& target();
-  // Of the connection that is kept open.
+  // A new one, which has not been used yet.
+
+  void openConnections(uint count);
+  // Sees to it that so many are open, used and, if they can be, in shared memory.
+
+  Target::Client& target() { return targetAt(0); }
+  Target::Client& targetAt(uint index);
 
   kj::Promise<void> echo(Target::Client& target);
   void requireShared(Link& link);
   // Throws if a connection of a shared memory transport has stayed plain.
 
   struct Totals {
-    // Both sides' counters, of the connection that is kept (client) and all (server).
+    // Both sides' counters, of all connections.
     uint64_t doorbells = 0;
     uint64_t sleeps = 0;
     uint64_t clientSharedBytes = 0;
@@ -76,7 +84,12 @@ public:
 private:
   kj::Own<kj::NetworkAddress> address;
   Links noLinks;
-  kj::Maybe<Connection> kept;
+  std::vector<Connection> connections;
+
+public:
+  // Used by the case "held"; they go before the connections.
+  kj::Vector<kj::Promise<void>> heldCalls;
+  kj::Vector<capnp::Response<Target::GetResults>> heldResponses;
 };
 
 class Slice {
@@ -140,9 +153,18 @@ private:
   uint64_t deadline = 0;
   double seconds = 0;
   Session::Totals totalsBefore, totalsAfter;
-  ProcessUsage client, server;  // At the start, then what was used.
+  // At the start, then what was used since. Those of the server are 0 if it is no process.
+  double clientSeconds = 0, serverSeconds = 0;
+  uint64_t contextSwitches = 0;
   kj::Maybe<SystemCallCounter> clientSystemCalls, serverSystemCalls;
   uint64_t clientCalls = 0, serverCalls = 0;
+
+  bool hasServer() const { return session.serverPid != getpid(); }
+  uint64_t countContextSwitches() const {
+    uint64_t result = ContextSwitches::of(getpid()).all();
+    if (hasServer()) result += ContextSwitches::of(session.serverPid).all();
+    return result;
+  }
 };
 
 typedef void CaseFunction(Session& session, Task::Reader task, Figures& figures);
@@ -151,8 +173,7 @@ typedef void CaseFunction(Session& session, Task::Reader task, Figures& figures)
 CaseFunction smallCall, idleGap, window;
 CaseFunction param, result, stream, held;
 CaseFunction connections, connectionsBusy, connectTime, idleMemory, idle, pages;
-
-void rawLimit(const TransportSpec& transport, Task::Reader task, Figures& figures);
+CaseFunction rawLimit;
 
 void runClient(const ClientOptions& options);
 // Does what it is told, until there is no more.

@@ -124,7 +124,7 @@ private:
 
     auto ownSeconds = [&]() {
       double result = pair.cpuSeconds();
-      for (auto& burner: burners) result += ProcessUsage::of(burner->getPid()).cpuSeconds;
+      for (auto& burner: burners) result += cpuSecondsOf(burner->getPid());
       return result;
     };
     auto machineBefore = MachineUsage::now();

@@ -1,16 +1,69 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
-// Small calls: one after the other.
+// Small calls: one after the other, with pauses between them, and many at once.
 
 #include "client.h"
+#include "lanes.h"
+
+#include <kj/debug.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
 
 namespace capnpshm {
 namespace bench {
+
+namespace {
+
+class Pause {
+  // Pauses that are exact to microseconds, with the event loop asleep as between a user's calls.
+  // (KJ's own timer counts in milliseconds.)
+
+public:
+  Pause(kj::AsyncIoContext& io, uint64_t microseconds)
+      : waitScope(io.waitScope), nanoseconds(microseconds * 1000),
+        fd(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
+        observer(io.unixEventPort, fd, kj::UnixEventPort::FdObserver::OBSERVE_READ) {}
+
+  void operator()() {
+    struct itimerspec time = {};
+    time.it_value.tv_sec = nanoseconds / 1000000000;
+    time.it_value.tv_nsec = nanoseconds % 1000000000;
+    auto readable = observer.whenBecomesReadable();
+    KJ_SYSCALL(timerfd_settime(fd, 0, &time, nullptr));
+    readable.wait(waitScope);
+    uint64_t expirations;
+    KJ_NONBLOCKING_SYSCALL(read(fd, &expirations, sizeof(expirations)));
+  }
+
+private:
+  kj::WaitScope& waitScope;
+  uint64_t nanoseconds;
+  kj::AutoCloseFd fd;
+  kj::UnixEventPort::FdObserver observer;  // Goes before the fd.
+};
+
+}  // namespace
 
 void smallCall(Session& session, Task::Reader task, Figures& figures) {
   auto& target = session.target();
   Slice slice(session, task);
   slice.run([&]() { session.echo(target).wait(session.waitScope()); });
+  slice.report(figures);
+}
+
+void idleGap(Session& session, Task::Reader task, Figures& figures) {
+  auto& target = session.target();
+  Pause pause(session.io, task.getGapMicroseconds());
+  Slice slice(session, task);
+  slice.run([&]() { session.echo(target).wait(session.waitScope()); }, pause);
+  slice.report(figures);
+}
+
+void window(Session& session, Task::Reader task, Figures& figures) {
+  Lanes lanes(session);
+  for (uint i = 0; i < task.getWindow(); i++) lanes.add(session.target());
+  Slice slice(session, task);
+  lanes.run(slice);
   slice.report(figures);
 }
 

@@ -43,6 +43,8 @@ public:
             "For the driver's processes: the server's abstract Unix socket.")
         .addOptionWithArg({"server-pid"}, KJ_BIND_METHOD(*this, setServerPid), "<pid>",
             "For the client: the server's process.")
+        .addOptionWithArg({"peer-core"}, KJ_BIND_METHOD(*this, setPeerCore), "<number>",
+            "For the client: the core that the server runs on.")
         .callAfterParsing(KJ_BIND_METHOD(*this, run))
         .build();
   }
@@ -55,6 +57,7 @@ private:
   kj::StringPtr transport;
   kj::StringPtr address;
   uint core = 0;
+  uint peerCore = 0;
   pid_t serverPid = 0;
 
   typedef kj::MainBuilder::Validity Validity;
@@ -77,6 +80,10 @@ private:
   Validity setTransport(kj::StringPtr name) { transport = name; return true; }
   Validity setAddress(kj::StringPtr name) { address = name; return true; }
   Validity setCore(kj::StringPtr text) { core = strtoul(text.cStr(), nullptr, 10); return true; }
+  Validity setPeerCore(kj::StringPtr text) {
+    peerCore = strtoul(text.cStr(), nullptr, 10);
+    return true;
+  }
   Validity setServerPid(kj::StringPtr text) {
     serverPid = strtol(text.cStr(), nullptr, 10);
     return true;
@@ -95,6 +102,7 @@ private:
       client.transport = transport;
       client.address = kj::str("unix-abstract:", address);
       client.serverPid = serverPid == 0 ? getpid() : serverPid;
+      client.peerCore = peerCore;
       client.tasksFd = 3;
       client.outcomesFd = 4;
       runClient(client);

@@ -84,18 +84,20 @@ void raiseFdLimit() {
   KJ_SYSCALL(setrlimit(RLIMIT_NOFILE, &limit));
 }
 
-ProcessUsage ProcessUsage::of(pid_t process) {
-  ProcessUsage result;
+double cpuSecondsOf(pid_t process) {
   clockid_t clock;
   struct timespec time;
   KJ_REQUIRE(clock_getcpuclockid(process, &clock) == 0, "a measured process is gone", process);
   KJ_SYSCALL(clock_gettime(clock, &time));
-  result.cpuSeconds = toNanoseconds(time) * 1e-9;
+  return toNanoseconds(time) * 1e-9;
+}
+
+ContextSwitches ContextSwitches::of(pid_t process) {
+  ContextSwitches result;
   for (auto thread: threadsOf(process)) {
     auto status = readFile(kj::str("/proc/", process, "/task/", thread, "/status").cStr());
-    uint64_t voluntary = field(status, "\nvoluntary_ctxt_switches:");
-    result.voluntarySwitches += voluntary;
-    result.contextSwitches += voluntary + field(status, "\nnonvoluntary_ctxt_switches:");
+    result.voluntary += field(status, "\nvoluntary_ctxt_switches:");
+    result.forced += field(status, "\nnonvoluntary_ctxt_switches:");
   }
   return result;
 }

@@ -30,14 +30,17 @@ void pinTo(pid_t process, uint core);
 
 void raiseFdLimit();
 
-struct ProcessUsage {
-  // What a process has used since it began.
+double cpuSecondsOf(pid_t process);
+// CPU time that a process has used since it began.
 
-  double cpuSeconds = 0;
-  uint64_t contextSwitches = 0;  // Voluntary (a sleep) and not.
-  uint64_t voluntarySwitches = 0;
+struct ContextSwitches {
+  // Of a process, all threads, since it began.
 
-  static ProcessUsage of(pid_t process);
+  uint64_t voluntary = 0;  // It went to sleep.
+  uint64_t forced = 0;
+  uint64_t all() const { return voluntary + forced; }
+
+  static ContextSwitches of(pid_t process);
 };
 
 struct Memory {

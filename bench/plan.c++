@@ -11,33 +11,174 @@ const kj::StringPtr ALL[] = {
   "twoparty", "default", "plain-ctor", "copy-spin", "copy-nospin", "inplace-spin",
   "inplace-nospin", "in-process"
 };
+const kj::StringPtr BETWEEN_PROCESSES[] = {
+  "twoparty", "default", "plain-ctor", "copy-spin", "copy-nospin", "inplace-spin",
+  "inplace-nospin"
+};
+const kj::StringPtr MAIN[] = {
+  "twoparty", "default", "copy-spin", "copy-nospin", "inplace-spin", "inplace-nospin"
+};
+const kj::StringPtr FEW[] = { "twoparty", "default", "copy-nospin", "inplace-spin" };
+const kj::StringPtr BRIEF_WINDOW[] = { "twoparty", "copy-spin", "copy-nospin", "in-process" };
+const kj::StringPtr SHARED[] = { "default", "inplace-spin" };
+const kj::StringPtr ROUND_TRIPS[] = { "cache-line", "eventfd", "socket" };
+const kj::StringPtr COPY[] = { "memcpy" };
 
-Job newJob(kj::StringPtr caseName, kj::ArrayPtr<const kj::StringPtr> transports,
-           const DriverOptions& options) {
-  Job result;
-  result.caseName = caseName;
-  result.transports = transports;
-  if (options.quick || options.tiny) {
-    result.rounds = 3;
-    result.seconds = 0.08;
-    result.warmUpSeconds = 0.02;
+constexpr uint64_t KIB = 1 << 10;
+constexpr uint64_t MIB = 1 << 20;
+
+class Planner {
+public:
+  explicit Planner(const DriverOptions& options)
+      : options(options), brief(options.quick || options.tiny) {}
+
+  std::vector<Job> make() {
+    auto& small = add("small_call", ALL);
+    if (options.quick) small.seconds = 0.12;  // Most of the ratios are its.
+    for (uint gap: { 100, 1000, 10000 }) addGap(gap);
+    for (uint size: { 1, 16, 256 }) {
+      add("window", brief ? Transports(BRIEF_WINDOW) : Transports(ALL), window(size));
+    }
+    addPayloads();
+    add("stream", MAIN, payload(64 * KIB));
+    add("stream_rw", MAIN, payload(64 * KIB));
+    add("held", FEW, payload(4 * KIB));
+    addConnections();
+    add("one_core", MAIN).environment = Job::ONE_CORE;
+    addLoaded();
+    addOnce();
+    add("raw", ROUND_TRIPS).countSystemCalls = false;
+    for (auto bytes: { 64 * KIB, 1 * MIB, 16 * MIB }) {
+      add("raw", COPY, payload(bytes)).countSystemCalls = false;
+    }
+    return kj::mv(plan);
   }
-  return result;
-}
+
+private:
+  typedef kj::ArrayPtr<const kj::StringPtr> Transports;
+
+  const DriverOptions& options;
+  const bool brief;
+  std::vector<Job> plan;
+
+  static Parameters payload(uint64_t bytes) {
+    Parameters result;
+    result.payloadBytes = bytes;
+    return result;
+  }
+  static Parameters window(uint size) {
+    Parameters result;
+    result.window = size;
+    return result;
+  }
+  static Parameters connections(uint count) {
+    Parameters result;
+    result.connections = count;
+    return result;
+  }
+
+  Job& add(kj::StringPtr caseName, Transports transports, Parameters parameters = {}) {
+    Job job;
+    job.caseName = caseName;
+    job.parameters = parameters;
+    job.transports = transports;
+    if (brief) {
+      job.rounds = 3;
+      job.seconds = 0.06;
+      job.warmUpSeconds = 0.02;
+    }
+    plan.push_back(job);
+    return plan.back();
+  }
+
+  void addGap(uint microseconds) {
+    Parameters parameters;
+    parameters.gapMicroseconds = microseconds;
+    auto& job = add("idle_gap", brief ? Transports(FEW) : Transports(MAIN), parameters);
+    // Enough calls for the long gaps to say something.
+    job.seconds = kj::max(job.seconds, microseconds * (brief ? 15e-6 : 50e-6));
+    if (brief) job.rounds = 2;
+    job.countSystemCalls = microseconds < 10000;
+  }
+
+  void addPayloads() {
+    for (auto name: { "param", "param_rw", "result", "result_rw" }) {
+      kj::StringPtr caseName = name;
+      bool isParam = caseName.startsWith("param");
+      for (uint64_t bytes: sizes(caseName)) {
+        auto& job = add(caseName, payloadTransports(isParam), payload(bytes));
+        if (brief) {
+          job.warmUpSeconds = 0.01;
+          if (bytes >= 16 * MIB) job.rounds = 2;
+        }
+        // What large payloads cost is copying, not calling.
+        job.countSystemCalls = bytes <= 1 * MIB && !(brief && !isParam);
+      }
+    }
+  }
+  Transports payloadTransports(bool isParam) const {
+    if (!brief) return ALL;
+    return isParam ? Transports(MAIN) : Transports(FEW);
+  }
+  std::vector<uint64_t> sizes(kj::StringPtr caseName) const {
+    if (!brief) {
+      return { 1 * KIB, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1 * MIB, 4 * MIB, 16 * MIB,
+               64 * MIB, 256 * MIB };
+    }
+    if (caseName == "param") return { 1 * KIB, 16 * KIB, 64 * KIB, 1 * MIB, 16 * MIB };
+    return { 64 * KIB, 1 * MIB };
+  }
+
+  void addConnections() {
+    for (uint count: { 2, 100, 1000 }) {
+      if (brief && count > 100) continue;
+      for (auto name: { "connections", "connections_busy" }) {
+        auto& job = add(name, FEW, connections(count));
+        job.countSystemCalls = count < 1000;
+        if (brief) job.rounds = 2;
+      }
+    }
+  }
+
+  void addLoaded() {
+    auto& job = add("loaded", brief ? Transports(FEW) : Transports(MAIN));
+    job.environment = Job::LOADED;
+    // The scheduler deals in milliseconds here.
+    job.seconds = brief ? 0.2 : 1.0;
+    if (brief) job.rounds = 2;
+    job.countSystemCalls = !brief;
+  }
+
+  void addOnce() {
+    Transports transports = brief ? Transports(FEW) : Transports(BETWEEN_PROCESSES);
+    add("connect", transports);
+    auto& memory = add("memory", transports, connections(options.tiny ? 20 : brief ? 200 : 1000));
+    memory.rounds = 1;
+    memory.countSystemCalls = false;
+    for (uint count: { 1, 100 }) {
+      auto& idle = add("idle", transports, connections(count));
+      idle.rounds = brief ? 1 : 3;
+      idle.seconds = brief ? 0.25 : 2.0;
+      idle.countSystemCalls = false;
+    }
+    auto& pages = add("pages", SHARED, window(16));
+    pages.rounds = 1;
+    pages.calls = brief ? 100000 : 1000000;
+    pages.countSystemCalls = false;
+  }
+};
 
 }  // namespace
 
-std::vector<Job> makePlan(const DriverOptions& options) {
-  std::vector<Job> plan;
-  plan.push_back(newJob("small_call", ALL, options));
-  return plan;
-}
+std::vector<Job> makePlan(const DriverOptions& options) { return Planner(options).make(); }
 
 kj::Vector<kj::StringPtr> caseNames() {
   DriverOptions everything;
   kj::Vector<kj::StringPtr> result;
   for (auto& job: makePlan(everything)) {
-    if (result.empty() || result.back() != job.caseName) result.add(job.caseName);
+    bool known = false;
+    for (auto name: result) known = known || name == job.caseName;
+    if (!known) result.add(job.caseName);
   }
   return result;
 }

@@ -104,6 +104,7 @@ Pair::Pair(const TransportSpec& transport, uint clientCore, uint serverCore)
   kj::String arguments[] = {
     kj::str("--role=client"), kj::str("--transport=", transport.name),
     kj::str("--core=", clientCore), kj::str("--address=", listener.name),
+    kj::str("--peer-core=", serverCore),
     kj::str("--server-pid=", server.get() == nullptr ? 0 : server->getPid())
   };
   client = kj::heap<Child>(kj::arrayPtr(arguments, kj::size(arguments)),
@@ -118,8 +119,8 @@ kj::Own<capnp::MessageReader> Pair::run(capnp::MessageBuilder& task) {
 }
 
 double Pair::cpuSeconds() const {
-  double result = ProcessUsage::of(clientPid()).cpuSeconds;
-  if (serverPid() != clientPid()) result += ProcessUsage::of(serverPid()).cpuSeconds;
+  double result = cpuSecondsOf(clientPid());
+  if (serverPid() != clientPid()) result += cpuSecondsOf(serverPid());
   return result;
 }
 

@@ -22,6 +22,7 @@ struct Comparison {
   const Row* row;
   std::string figure;
   double ratio;
+  double least, most;  // If `most` is above 1, some rounds found the opposite.
 };
 
 std::vector<Comparison> findSlower(const std::vector<kj::Own<Row>>& rows);

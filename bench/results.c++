@@ -225,6 +225,7 @@ kj::String Results::toJson(bool quick) const {
     auto text = describe(row.parameters);
     if (text.size() > 0) object.text("parameters", text.cStr());
     object.text("figure", comparison.figure).number("ratio", rounded(comparison.ratio));
+    object.number("least", rounded(comparison.least)).number("most", rounded(comparison.most));
     slower.push_back(object);
   }
 

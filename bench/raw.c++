@@ -1,0 +1,181 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+// Limits of the machine, without RPC: how long it takes two threads on two cores to answer each
+// other, and how fast memory is copied.
+
+#include "client.h"
+
+#include <atomic>
+#include <kj/debug.h>
+#include <kj/thread.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+namespace capnpshm {
+namespace bench {
+
+namespace {
+
+void pause() {
+#if __x86_64__ || __i386__
+  __builtin_ia32_pause();
+#elif __aarch64__
+  asm volatile("yield" ::: "memory");
+#endif
+}
+
+class PingPong {
+  // Two threads that answer each other.
+
+public:
+  virtual ~PingPong() noexcept(false) {}
+  virtual void call() = 0;
+  // Asks and waits for the answer.
+  virtual bool answer() = 0;
+  // Waits for a question and answers it. False when there will be no more.
+  virtual void end() = 0;
+};
+
+class CacheLine final: public PingPong {
+public:
+  void call() override {
+    uint64_t number = ++count;
+    question.store(number, std::memory_order_release);
+    while (reply.load(std::memory_order_acquire) != number) pause();
+  }
+  bool answer() override {
+    uint64_t number;
+    while ((number = question.load(std::memory_order_acquire)) == answered) pause();
+    if (number == END) return false;
+    answered = number;
+    reply.store(number, std::memory_order_release);
+    return true;
+  }
+  void end() override { question.store(END, std::memory_order_release); }
+
+private:
+  static constexpr uint64_t END = ~uint64_t(0);
+  // 128 bytes apart: CPUs fetch lines in pairs.
+  alignas(128) std::atomic<uint64_t> question { 0 };
+  alignas(128) std::atomic<uint64_t> reply { 0 };
+  alignas(128) uint64_t count = 0;
+  alignas(128) uint64_t answered = 0;
+};
+
+class EventFds final: public PingPong {
+public:
+  EventFds(): question(eventfd(0, EFD_CLOEXEC)), reply(eventfd(0, EFD_CLOEXEC)) {}
+  void call() override {
+    ring(question, 1);
+    wait(reply);
+  }
+  bool answer() override {
+    if (wait(question) != 1) return false;
+    ring(reply, 1);
+    return true;
+  }
+  void end() override { ring(question, 2); }
+
+private:
+  kj::AutoCloseFd question, reply;
+
+  static void ring(int fd, uint64_t value) { KJ_SYSCALL(write(fd, &value, sizeof(value))); }
+  static uint64_t wait(int fd) {
+    uint64_t value;
+    KJ_SYSCALL(read(fd, &value, sizeof(value)));
+    return value;
+  }
+};
+
+class Sockets final: public PingPong {
+public:
+  Sockets() {
+    int fds[2];
+    KJ_SYSCALL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));
+    asker = kj::AutoCloseFd(fds[0]);
+    answerer = kj::AutoCloseFd(fds[1]);
+  }
+  void call() override {
+    send(asker);
+    receive(asker);
+  }
+  bool answer() override {
+    if (receive(answerer) == 0) return false;
+    send(answerer);
+    return true;
+  }
+  void end() override { KJ_SYSCALL(shutdown(asker, SHUT_WR)); }
+
+private:
+  kj::AutoCloseFd asker, answerer;
+
+  static void send(int fd) {
+    uint64_t word = 1;
+    KJ_SYSCALL(write(fd, &word, sizeof(word)));
+  }
+  static ssize_t receive(int fd) {
+    uint64_t word;
+    ssize_t n;
+    KJ_SYSCALL(n = read(fd, &word, sizeof(word)));
+    return n;
+  }
+};
+
+kj::Own<PingPong> newPingPong(kj::StringPtr transport) {
+  if (transport == "cache-line") return kj::heap<CacheLine>();
+  if (transport == "eventfd") return kj::heap<EventFds>();
+  if (transport == "socket") return kj::heap<Sockets>();
+  KJ_FAIL_REQUIRE("there is no such limit", transport);
+}
+
+template <typename Call>
+void measure(Latencies& latencies, Task::Reader task, Figures& figures, Call&& call) {
+  uint64_t warm = now() + uint64_t(task.getWarmUpSeconds() * 1e9);
+  while (now() < warm) call();
+  latencies.clear();
+  uint64_t begin = now();
+  uint64_t end = begin + uint64_t(task.getSeconds() * 1e9);
+  uint64_t calls = 0, last = begin;
+  do {
+    call();
+    uint64_t time = now();
+    latencies.add(time - last);
+    last = time;
+    ++calls;
+  } while (last < end);
+  figures.add("calls", calls);
+  figures.add("p50_us", latencies.percentile(0.5));
+  figures.add("p99_us", latencies.percentile(0.99));
+  figures.add("calls_per_s", calls * 1e9 / (last - begin));
+  if (task.getPayloadBytes() > 0) {
+    figures.add("bytes_per_s", double(task.getPayloadBytes()) * calls * 1e9 / (last - begin));
+  }
+}
+
+}  // namespace
+
+void rawLimit(Session& session, Task::Reader task, Figures& figures) {
+  if (session.transport.name == "memcpy") {
+    auto from = kj::heapArray<kj::byte>(task.getPayloadBytes());
+    auto to = kj::heapArray<kj::byte>(task.getPayloadBytes());
+    writeAll(from);
+    measure(session.latencies, task, figures, [&]() {
+      memcpy(to.begin(), from.begin(), from.size());
+      asm volatile("" : : "r"(to.begin()) : "memory");  // The copy is wanted.
+    });
+    return;
+  }
+
+  auto pingPong = newPingPong(session.transport.name);
+  kj::Thread answerer([&]() {
+    pinTo(0, session.peerCore);
+    while (pingPong->answer()) {}
+  });
+  KJ_DEFER(pingPong->end());
+  measure(session.latencies, task, figures, [&]() { pingPong->call(); });
+}
+
+}  // namespace bench
+}  // namespace capnpshm
