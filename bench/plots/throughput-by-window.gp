@@ -1,0 +1,9 @@
+# Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+load "style.gp"
+set title "Small calls per second by calls in flight"
+set logscale x 2
+set xlabel "calls in flight"
+set ylabel "calls/s"
+set yrange [0:*]
+set format y "%.0s%c"
+plot for [i=0:count-1] data index i title columnheader(1) lw 2
