@@ -6,4 +6,4 @@ set logscale y 10
 set xlabel "payload"
 set ylabel "µs"
 set format x "%.0b %BB"
-plot for [i=0:count-1] data index i title columnheader(1) lw 2
+plot for [i=0:count-1] data index i title columnheader(1) lw 2 lc rgb word(colors, i+1)
