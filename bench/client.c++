@@ -18,8 +18,11 @@ constexpr uint SETUP_CALLS = 3;
 Session::Session(const TransportSpec& transport, const ClientOptions& options)
     : io(kj::setupAsyncIo()), transport(transport), serverPid(options.serverPid),
       peerCore(options.peerCore) {
-  if (transport.hasServer()) {
-    address = io.provider->getNetwork().parseAddress(options.address).wait(io.waitScope);
+  if (transport.kind == TransportSpec::PEER) {
+    peerAddress = kj::str(options.address);
+  } else if (transport.hasServer()) {
+    auto url = kj::str("unix-abstract:", options.address);
+    address = io.provider->getNetwork().parseAddress(url).wait(io.waitScope);
   }
 }
 
@@ -46,6 +49,11 @@ Target::Client& Session::targetAt(uint index) {
   return connections[index].target;
 }
 
+Peer& Session::peer() {
+  if (peerClient.get() == nullptr) peerClient = newPeer(transport.name, peerAddress);
+  return *peerClient;
+}
+
 kj::Promise<void> Session::echo(Target::Client& target) {
   auto request = target.echoRequest();
   request.setNumber(1);
@@ -63,9 +71,8 @@ void Session::requireShared(Link& link) {
 
 Session::Totals Session::totals() {
   Totals result;
-  auto& server = target();
   if (!transport.isShared()) return result;
-  auto response = server.countersRequest().send().wait(io.waitScope);
+  auto response = target().countersRequest().send().wait(io.waitScope);
   auto counters = response.getCounters();
   result.doorbells = counters.getDoorbells();
   result.sleeps = counters.getSleeps();
@@ -188,6 +195,10 @@ const Case CASES[] = {
 
 Figures runCase(Session& session, Task::Reader task) {
   Figures figures;
+  if (session.transport.kind == TransportSpec::PEER) {
+    peerCall(session, task, figures);
+    return figures;
+  }
   for (auto& c: CASES) {
     if (task.getCase() == c.name) {
       c.function(session, task, figures);

@@ -6,6 +6,7 @@
 
 #include "bench.capnp.h"
 #include "meter.h"
+#include "peers.h"
 #include "server.h"
 #include "transports.h"
 #include <kj/async-io.h>
@@ -67,6 +68,9 @@ public:
   Target::Client& targetAt(uint index);
 
   kj::Promise<void> echo(Target::Client& target);
+  Peer& peer();
+  // If the transport is another library's.
+
   void requireShared(Link& link);
   // Throws if a connection of a shared memory transport has stayed plain.
 
@@ -84,6 +88,8 @@ public:
 private:
   kj::Own<kj::NetworkAddress> address;
   Links noLinks;
+  kj::String peerAddress;
+  kj::Own<Peer> peerClient;
   std::vector<Connection> connections;
 
 public:
@@ -173,7 +179,7 @@ typedef void CaseFunction(Session& session, Task::Reader task, Figures& figures)
 CaseFunction smallCall, idleGap, window;
 CaseFunction param, result, stream, held;
 CaseFunction connections, connectionsBusy, connectTime, idleMemory, idle, pages;
-CaseFunction rawLimit;
+CaseFunction rawLimit, peerCall;
 
 void runClient(const ClientOptions& options);
 // Does what it is told, until there is no more.

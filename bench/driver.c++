@@ -4,6 +4,7 @@
 
 #include "plan.h"
 #include "processes.h"
+#include "strace.h"
 #include <algorithm>
 #include <capnp/message.h>
 #include <kj/debug.h>
@@ -155,13 +156,18 @@ private:
     capnp::MallocMessageBuilder message;
     auto task = message.initRoot<Task>();
     fill(task, job);
-    task.setCountSystemCalls(true);
+    task.setCountSystemCalls(!options.useStrace);
     task.setSeconds(kj::min(task.getSeconds(), COUNT_SECONDS));
     perform(row, pair, message, [&](const std::string& name, double value) {
       if (name.find("syscalls") == std::string::npos) return;
       row.add(name, value);
       row.countMethod = "perf_event_open, raw_syscalls:sys_enter";
     });
+    if (!row.countMethod.empty() || !row.error.empty()) return;
+    KJ_IF_MAYBE(calls, systemCallsByStrace(pair, task)) {
+      row.add("syscalls_per_call", *calls);
+      row.countMethod = "strace -c -f";
+    }
   }
 };
 

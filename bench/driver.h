@@ -15,6 +15,7 @@ struct DriverOptions {
   bool tiny = false;     // One short round: only to see that everything works.
   kj::String only;       // The case to run; all if empty.
   bool withPeers = false;
+  bool useStrace = false;
 };
 
 void runAll(const DriverOptions& options, Results& results);

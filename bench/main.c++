@@ -30,6 +30,8 @@ public:
             "Measure next to nothing: only to see that everything works.")
         .addOption({"peers"}, KJ_BIND_METHOD(*this, setPeers),
             "Also measure the other libraries that were found when this was built.")
+        .addOption({"strace"}, KJ_BIND_METHOD(*this, setStrace),
+            "Count system calls by strace even where the kernel's tracepoint could be used.")
         .addOptionWithArg({"only"}, KJ_BIND_METHOD(*this, setOnly), "<case>", "Run only this case.")
         .addOptionWithArg({"json"}, KJ_BIND_METHOD(*this, setJson), "<file>",
             "Write the results here instead of to standard output.")
@@ -65,6 +67,7 @@ private:
   Validity setQuick() { options.quick = true; return true; }
   Validity setTiny() { options.tiny = true; return true; }
   Validity setPeers() { options.withPeers = true; return true; }
+  Validity setStrace() { options.useStrace = true; return true; }
   Validity setOnly(kj::StringPtr name) {
     auto names = caseNames();
     for (auto known: names) {
@@ -96,11 +99,16 @@ private:
     dieWithParent();
     pinTo(0, core);
     if (role == "server") {
-      serve(findTransport(transport), 3);
+      auto& spec = findTransport(transport);
+      if (spec.kind == TransportSpec::PEER) {
+        servePeer(spec.name, address);
+      } else {
+        serve(spec, 3);
+      }
     } else if (role == "client") {
       ClientOptions client;
       client.transport = transport;
-      client.address = kj::str("unix-abstract:", address);
+      client.address = kj::str(address);
       client.serverPid = serverPid == 0 ? getpid() : serverPid;
       client.peerCore = peerCore;
       client.tasksFd = 3;

@@ -2,6 +2,8 @@
 
 #include "plan.h"
 
+#include "peers.h"
+
 namespace capnpshm {
 namespace bench {
 
@@ -35,6 +37,7 @@ public:
   std::vector<Job> make() {
     auto& small = add("small_call", ALL);
     if (options.quick) small.seconds = 0.12;  // Most of the ratios are its.
+    addPeers(small);
     for (uint gap: { 100, 1000, 10000 }) addGap(gap);
     for (uint size: { 1, 16, 256 }) {
       add("window", brief ? Transports(BRIEF_WINDOW) : Transports(ALL), window(size));
@@ -81,7 +84,7 @@ private:
     Job job;
     job.caseName = caseName;
     job.parameters = parameters;
-    job.transports = transports;
+    job.transports.assign(transports.begin(), transports.end());
     if (brief) {
       job.rounds = 3;
       job.seconds = 0.06;
@@ -89,6 +92,13 @@ private:
     }
     plan.push_back(job);
     return plan.back();
+  }
+
+  void addPeers(Job& job) {
+    if (!options.withPeers) return;
+    for (auto name: { "grpc", "zeromq" }) {
+      if (hasPeer(name)) job.transports.push_back(name);
+    }
   }
 
   void addGap(uint microseconds) {
@@ -107,6 +117,7 @@ private:
       bool isParam = caseName.startsWith("param");
       for (uint64_t bytes: sizes(caseName)) {
         auto& job = add(caseName, payloadTransports(isParam), payload(bytes));
+        addPeers(job);
         if (brief) {
           job.warmUpSeconds = 0.01;
           if (bytes >= 16 * MIB) job.rounds = 2;

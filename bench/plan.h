@@ -16,7 +16,7 @@ struct Job {
 
   kj::StringPtr caseName;
   Parameters parameters;
-  kj::ArrayPtr<const kj::StringPtr> transports;
+  std::vector<kj::StringPtr> transports;
   uint rounds = 5;
   double seconds = 0.2;        // Of one slice: a transport in a round.
   double warmUpSeconds = 0.05;

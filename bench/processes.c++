@@ -39,10 +39,11 @@ struct Listener {
   kj::String name;  // In the abstract namespace, so that nothing is left behind.
 };
 
-Listener newListener() {
+Listener newListener(bool bound) {
   static uint count = 0;
   auto name = kj::str("capnp-shm-bench-", getpid(), '-', ++count);
   kj::AutoCloseFd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!bound) return { kj::mv(fd), kj::mv(name) };
   struct sockaddr_un address;
   memset(&address, 0, sizeof(address));
   address.sun_family = AF_UNIX;
@@ -89,7 +90,8 @@ void dieWithParent() { KJ_SYSCALL(prctl(PR_SET_PDEATHSIG, SIGKILL)); }
 
 Pair::Pair(const TransportSpec& transport, uint clientCore, uint serverCore)
     : transport(transport) {
-  auto listener = newListener();
+  // Another library listens by itself.
+  auto listener = newListener(transport.kind != TransportSpec::PEER);
   if (transport.hasServer()) {
     kj::String arguments[] = {
       kj::str("--role=server"), kj::str("--transport=", transport.name),

@@ -23,6 +23,7 @@ namespace {
 
 constexpr double NOISY_LOAD = 0.05;  // Of a core.
 constexpr double NOISY_STEAL = 0.02;
+constexpr double WIDE_SPREAD = 0.5;
 
 double rounded(double value) {
   // Four digits say all there is to say, and keep the file readable. Sizes and counts stay exact.
@@ -148,6 +149,11 @@ double Row::median(const std::string& figure) const {
   return all == nullptr ? 0 : bench::median(*all);
 }
 
+double Row::most(const std::string& figure) const {
+  auto all = rounds(figure);
+  return all == nullptr ? 0 : *std::max_element(all->begin(), all->end());
+}
+
 double Row::spread(const std::string& figure) const {
   auto all = rounds(figure);
   if (all == nullptr) return 0;
@@ -183,7 +189,7 @@ const Row* Results::find(const std::string& caseName, const std::string& transpo
 
 kj::String Results::toJson(bool quick) const {
   std::vector<JsonObject> rowObjects;
-  uint noisy = 0;
+  uint noisy = 0, wide = 0;
   double worstSpread = 0;
   for (auto& row: rows) {
     JsonObject object;
@@ -194,10 +200,14 @@ kj::String Results::toJson(bool quick) const {
     if (parameters.gapMicroseconds > 0) object.number("gap_us", parameters.gapMicroseconds);
     if (parameters.connections > 0) object.number("connections", parameters.connections);
     if (!row->error.empty()) object.text("error", row->error);
-    for (auto& name: row->figures()) object.number(name, rounded(row->median(name)));
+    for (auto& name: row->figures()) {
+      double value = name == "shared_bytes" ? row->most(name) : row->median(name);
+      object.number(name, rounded(value));
+    }
     if (row->rounds("p50_us") != nullptr) {
       object.number("p50_spread", rounded(row->spread("p50_us")));
       worstSpread = kj::max(worstSpread, row->spread("p50_us"));
+      if (row->spread("p50_us") > WIDE_SPREAD) ++wide;
     }
     if (!row->countMethod.empty()) object.text("syscalls_counted_by", row->countMethod);
     object.number("other_load", rounded(kj::max(0.0, row->otherLoad)));
@@ -236,8 +246,14 @@ kj::String Results::toJson(bool quick) const {
         " rows").cStr());
   }
 
+  if (wide > 0) {
+    noteTexts.push_back(kj::str("the rounds of ", wide, " of ", rows.size(), " rows differ by more "
+        "than half").cStr());
+  }
+
   JsonObject noise;
   noise.number("noisy_rows", noisy).number("rows", rows.size());
+  noise.number("rows_with_wide_spread", wide);
   noise.number("largest_p50_spread", rounded(worstSpread));
 
   JsonObject top;

@@ -45,6 +45,7 @@ public:
   void add(const std::string& figure, double value);
   const std::vector<double>* rounds(const std::string& figure) const;
   double median(const std::string& figure) const;
+  double most(const std::string& figure) const;
   const std::vector<std::string>& figures() const { return names; }
   double spread(const std::string& figure) const;
   // (Largest - smallest) / median of the rounds.

@@ -1,0 +1,15 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#pragma once
+
+#include "processes.h"
+
+namespace capnpshm {
+namespace bench {
+
+kj::Maybe<double> systemCallsByStrace(Pair& pair, Task::Builder task);
+// System calls per call, both sides together, counted by the program strace. For machines where the
+// kernel's tracepoint is not ours to use. Nothing if there is no strace either.
+
+}  // namespace bench
+}  // namespace capnpshm
