@@ -104,7 +104,7 @@ struct Busy {
     auto again = [this, &timer, &end, &connection]() { return flood(timer, end, connection); };
     if (end.network.getCurrentQueueCount() > BACKLOG) {
       // Always ahead of the receiver, but not without bounds.
-      return timer.afterDelay(200 * kj::MICROSECONDS).then(again);
+      return timer.afterDelay(200 * kj::MICROSECONDS).then(kj::mv(again));
     }
     for (uint i = 0; i < 50; i++) {
       auto message = connection.newOutgoingMessage(0);
@@ -112,7 +112,7 @@ struct Busy {
       message->send();
       count();
     }
-    return kj::evalLast(again);
+    return kj::evalLast(kj::mv(again));
   }
 
   void count() {
