@@ -174,7 +174,9 @@ TEST_P(Processes, NoMessageDataOnTheSocket) {
     // So the proxy does count.
     EXPECT_GT(crossed, CALLS * 2 * BYTES);
   }
-  if (mode().trust) EXPECT_EQ(0, crossed);
+  if (mode().trust) {
+    EXPECT_EQ(0, crossed);
+  }
   end->expectTransport(mode().expected());
 }
 
@@ -259,8 +261,8 @@ TEST_P(Fork, ChildHarmsNeitherItselfNorTheConnection) {
   }));
   check();
 
-  // What was held is as it was.
-  EXPECT_EQ(before, resourcesOf());
+  // What was held is as it was. (Regions come and go as memory is needed.)
+  EXPECT_EQ(before.fds, resourcesOf().fds);
   EXPECT_TRUE(conformance::isPattern(response->getData(), 9));
   EXPECT_TRUE(conformance::isPattern(await(unsent->send()).getData(), 4));
   end->expectTransport(mode().expected());
