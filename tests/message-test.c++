@@ -286,8 +286,13 @@ TEST(OutgoingMessage, OutlivesTheOutboxsOtherOwners) {
     auto shape = Shape::ofBytes(1, 5000);
     auto built = pair->a.newMessage(shape);
     EXPECT_TRUE(built.message->getParcel() != nullptr);
+    pair->a.outbox->stop();
     pair = nullptr;
     EXPECT_TRUE(isSame(shape, *built.message));
+    // It can be built further, though what the peer wrote is no longer mapped.
+    auto larger = Shape::ofBytes(2, 300000);
+    build(larger, built.message->getBody(), built.foreign);
+    EXPECT_TRUE(isSame(larger, *built.message));
     if (foreign) {
       onThread([message = kj::mv(built.message)]() mutable { message = nullptr; });
     }
