@@ -228,7 +228,7 @@ void runClient(const ClientOptions& options) {
         list[i].setValue(figures.get()[i].value);
       }
     })) {
-      outcome.setError(kj::str(*exception));
+      outcome.setError(exception->getDescription());
     }
     capnp::writeMessageToFd(options.outcomesFd, message);
   }

@@ -66,7 +66,8 @@ public:
     for (uint round = 0; round < rounds; round++) {
       if (round > 0 && options.quick && now() - started > QUICK_NANOSECONDS) {
         // The machine is too busy for more.
-        results.note(kj::str(job.caseName, " was cut short: no time left"));
+        if (!hurried) results.note(kj::str("busy machine: one round only from ", job.caseName, " on"));
+        hurried = true;
         break;
       }
       // Neighbours differ from round to round.
@@ -85,6 +86,7 @@ private:
   Results& results;
   kj::Vector<uint> cores;
   const uint64_t started = now();
+  bool hurried = false;
 
   Row& rowFor(const Job& job, const Pair& pair) {
     return results.row(job.caseName, pair.transport.name, job.parameters);
