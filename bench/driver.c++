@@ -66,7 +66,7 @@ public:
     for (uint round = 0; round < rounds; round++) {
       if (round > 0 && options.quick && now() - started > QUICK_NANOSECONDS) {
         // The machine is too busy for more.
-        if (!hurried) results.note(kj::str("busy machine: one round only from ", job.caseName, " on"));
+        if (!hurried) results.note(kj::str("too busy: one round only from ", job.caseName, " on"));
         hurried = true;
         break;
       }

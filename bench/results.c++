@@ -111,7 +111,8 @@ JsonObject describeMachine() {
   result.text("cpu", afterColon(cpuInfo, "model name"));
   result.number("cores", usableCores().size());
   result.boolean("virtual", isGuest);
-  result.number("memory_bytes", strtoull(afterColon(memory, "MemTotal").c_str(), nullptr, 10) * 1024);
+  auto memoryKib = strtoull(afterColon(memory, "MemTotal").c_str(), nullptr, 10);
+  result.number("memory_bytes", memoryKib * 1024);
   result.text("kernel", std::string(name.sysname) + " " + name.release + " " + name.machine);
   #if __clang__
   result.text("compiler", __VERSION__);
