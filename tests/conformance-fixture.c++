@@ -47,19 +47,6 @@ std::vector<Mode> makeModes() {
   };
 }
 
-struct StreamPair {
-  kj::Own<kj::AsyncIoStream> ends[2];
-};
-
-StreamPair newTcpPair(kj::AsyncIoContext& io) {
-  auto& network = io.provider->getNetwork();
-  auto listener = network.parseAddress("127.0.0.1").wait(io.waitScope)->listen();
-  auto accepted = listener->accept();
-  auto connected = network.parseAddress("127.0.0.1", listener->getPort()).wait(io.waitScope)
-      ->connect().wait(io.waitScope);
-  return {{ kj::mv(connected), accepted.wait(io.waitScope) }};
-}
-
 }  // namespace
 
 const std::vector<Mode>& allModes() {
@@ -212,31 +199,36 @@ void End::expectTransport(Transport expected) {
 
 // =======================================================================================
 
-Link::Link(const Mode& mode, kj::AsyncIoContext& io, const LinkOptions& options)
-    : mode(mode), io(io) {
-  StreamPair pair;
+StreamPair::StreamPair(const Mode& mode, kj::AsyncIoContext& io, bool withFds) {
   switch (mode.stream) {
     case StreamKind::SOCKET: {
       auto pipe = io.provider->newCapabilityPipe();
-      pair = {{ kj::mv(pipe.ends[0]), kj::mv(pipe.ends[1]) }};
+      for (uint i = 0; i < 2; i++) ends[i] = kj::mv(pipe.ends[i]);
       break;
     }
-    case StreamKind::TCP:
-      pair = newTcpPair(io);
+    case StreamKind::TCP: {
+      auto& network = io.provider->getNetwork();
+      auto listener = network.parseAddress("127.0.0.1").wait(io.waitScope)->listen();
+      auto accepted = listener->accept();
+      ends[0] = network.parseAddress("127.0.0.1", listener->getPort()).wait(io.waitScope)
+          ->connect().wait(io.waitScope);
+      ends[1] = accepted.wait(io.waitScope);
       break;
+    }
     case StreamKind::IN_PROCESS:
-      if (options.maxFds == 0) {
-        auto pipe = kj::newTwoWayPipe();
-        pair = {{ kj::mv(pipe.ends[0]), kj::mv(pipe.ends[1]) }};
-      } else {
+      if (withFds) {
         auto pipe = kj::newCapabilityPipe();
-        pair = {{ kj::mv(pipe.ends[0]), kj::mv(pipe.ends[1]) }};
+        for (uint i = 0; i < 2; i++) ends[i] = kj::mv(pipe.ends[i]);
+      } else {
+        auto pipe = kj::newTwoWayPipe();
+        for (uint i = 0; i < 2; i++) ends[i] = kj::mv(pipe.ends[i]);
       }
       break;
     case StreamKind::PROXY: {
       auto front = io.provider->newCapabilityPipe();
       auto back = io.provider->newCapabilityPipe();
-      pair = {{ kj::mv(front.ends[0]), kj::mv(back.ends[1]) }};
+      ends[0] = kj::mv(front.ends[0]);
+      ends[1] = kj::mv(back.ends[1]);
       proxyEnds[0] = kj::mv(front.ends[1]);
       proxyEnds[1] = kj::mv(back.ends[0]);
       for (uint i = 0; i < 2; i++) {
@@ -247,9 +239,14 @@ Link::Link(const Mode& mode, kj::AsyncIoContext& io, const LinkOptions& options)
       break;
     }
   }
-  client = kj::heap<End>(mode.client, io.unixEventPort, kj::mv(pair.ends[0]), options);
-  server = kj::heap<End>(mode.server, io.unixEventPort, kj::mv(pair.ends[1]), options);
 }
+
+Link::Link(const Mode& mode, kj::AsyncIoContext& io, const LinkOptions& options)
+    : mode(mode), io(io), streams(mode, io, options.maxFds > 0),
+      client(kj::heap<End>(
+          mode.client, io.unixEventPort, kj::mv(streams.ends[0]), options)),
+      server(kj::heap<End>(
+          mode.server, io.unixEventPort, kj::mv(streams.ends[1]), options)) {}
 
 Link::~Link() noexcept(false) { check(); }
 

@@ -85,6 +85,18 @@ struct LinkOptions {
   // If not 0: SharedMemoryOptions::maxBytes in modes that have a context and do not set it anyway.
 };
 
+struct StreamPair {
+  // Both ends of a mode's stream, and what lies between them.
+
+  StreamPair(const Mode& mode, kj::AsyncIoContext& io, bool withFds);
+
+  kj::Own<kj::AsyncIoStream> ends[2];  // The client's and the server's.
+
+private:
+  kj::Own<kj::AsyncIoStream> proxyEnds[2];
+  kj::Vector<kj::Promise<void>> pumps;
+};
+
 class Network {
   // Either class of network, behind one face.
 
@@ -157,8 +169,7 @@ public:
 
   const Mode& mode;
   kj::AsyncIoContext& io;
-  kj::Vector<kj::Promise<void>> pumps;
-  kj::Own<kj::AsyncIoStream> proxyEnds[2];
+  StreamPair streams;
   kj::Own<End> client;
   kj::Own<End> server;
 };
