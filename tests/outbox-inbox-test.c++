@@ -365,6 +365,72 @@ TEST(OutboxInbox, UnusedRegionsAreRetired) {
   }
 }
 
+TEST(OutboxInbox, RegionsAreAnnouncedInOrder) {
+  // Also when retiring another one has moved them about in the outbox's list.
+  EndOptions options;
+  options.maxBytes = 64 << 20;
+  Pair pair(options);
+  auto exchange = [&](const Shape& shape) {
+    pair.a.waiting.push_back(pair.a.newMessage(shape));
+    for (;;) {
+      pair.a.publishWaiting();
+      pair.handleLetters();
+      KJ_IF_MAYBE(message, pair.b.take()) {
+        ASSERT_TRUE(matches(shape, (*message)->getBody()));
+        pair.b.giveBack();
+        return;
+      }
+    }
+  };
+  exchange(Shape::ofBytes(0, 50000));
+  ASSERT_EQ(pair.a.outbox->getRegionCount(), 2u);
+
+  // More new regions than may be unanswered.
+  std::vector<Built> held;
+  for (uint i = 1; i <= 7; i++) {
+    held.push_back(pair.a.newMessage(Shape::ofBytes(i, 50000 << i)));
+    ASSERT_EQ(pair.a.outbox->getRegionCount(), i + 2);
+  }
+  for (uint i = 0; i < 6000; i++) {
+    ASSERT_TRUE(pair.a.send(Shape::inlined(i)));
+    ASSERT_TRUE(pair.b.take() != nullptr);
+    pair.b.giveBack();
+  }
+  ASSERT_EQ(pair.a.outbox->getRegionCount(), 8u);  // The unused one was retired.
+  for (auto& built: held) pair.a.waiting.push_back(kj::mv(built));
+  for (uint i = 1; i <= 7;) {
+    pair.a.publishWaiting();
+    pair.handleLetters();
+    KJ_IF_MAYBE(message, pair.b.take()) {
+      ASSERT_TRUE(matches(Shape::ofBytes(i, 50000 << i), (*message)->getBody()));
+      ++i;
+    }
+    pair.b.giveBack();
+  }
+}
+
+TEST(OutboxInbox, RegionThatNothingNeedsIsNotAnnounced) {
+  EndOptions options;
+  options.maxBytes = 4 << 20;
+  Pair pair(options);
+  size_t before = pair.a.outbox->getRegionBytes();
+  pair.a.newMessage(Shape::ofBytes(1, 300000));  // And dropped.
+  ASSERT_GT(pair.a.outbox->getRegionBytes(), before);
+  for (uint i = 0; i < 6000; i++) {
+    ASSERT_TRUE(pair.a.send(Shape::inlined(i)));
+    ASSERT_TRUE(pair.b.take() != nullptr);
+    pair.b.giveBack();
+  }
+  EXPECT_TRUE(pair.b.mailbox.isEmpty());
+  EXPECT_EQ(pair.a.outbox->getRegionBytes(), before);
+
+  auto shape = Shape::ofBytes(2, 300000);
+  EXPECT_FALSE(pair.a.send(shape));
+  pair.handleLetters();
+  EXPECT_TRUE(pair.a.publishWaiting());
+  EXPECT_TRUE(matches(shape, KJ_ASSERT_NONNULL(pair.b.take())->getBody()));
+}
+
 TEST(OutboxInbox, BurstsOverAndOver) {
   // Growth and retirement in turns; what is retired counts, so that it does not go on for ever.
   EndOptions options;
