@@ -150,7 +150,7 @@ public:
   void reportRate(Figures& figures, double bytesPerCall);
 
 private:
-  static constexpr uint LEAST_CALLS = 2;
+  static constexpr uint LEAST_CALLS = 3;
 
   Session& session;
   Task::Reader task;

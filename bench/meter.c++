@@ -3,6 +3,7 @@
 #include "meter.h"
 
 #include <algorithm>
+#include <cmath>
 #include <dirent.h>
 #include <fcntl.h>
 #include <kj/debug.h>
@@ -172,8 +173,8 @@ double Latencies::percentile(double fraction) {
     std::sort(values.begin(), values.begin() + count);
     sorted = count;
   }
-  size_t index = kj::min(count - 1, size_t(fraction * count));
-  return values[index] * 1e-3;
+  auto rank = static_cast<size_t>(std::ceil(fraction * count));
+  return values[kj::min(kj::max(rank, size_t(1)), count) - 1] * 1e-3;
 }
 
 }  // namespace bench
