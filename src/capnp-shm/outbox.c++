@@ -268,7 +268,9 @@ kj::Maybe<Arena::Block&> Outbox::tryAllocate(Parcel*& parcel, size_t bytes) {
   if (bytesSinceReclaim >= RECLAIM_INTERVAL || !mayHold(bytes)) {
     // Reuse warm memory rather than cold. If the peer claims the impossible the connection will
     // hear of it when it looks next; this is not the place to tell it.
-    kj::runCatchingExceptions([this]() { reclaim(); });
+    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { reclaim(); })) {
+      violation = kj::mv(*exception);
+    }
   }
   if (!mayHold(bytes)) return nullptr;
   KJ_IF_MAYBE(block, allocateOrGrow(bytes)) {
@@ -345,7 +347,7 @@ void Outbox::returnScratch(kj::Array<word>&& scratch, size_t dirtyWords) {
 
 bool Outbox::hasNews() const {
   if (peerHeader == nullptr) return false;
-  if (foreignPending.load(std::memory_order_relaxed)) return true;
+  if (violation != nullptr || foreignPending.load(std::memory_order_relaxed)) return true;
   // Acquire: pairs with the release store in Inbox::publishConsumed(), as in reclaim().
   if (peerHeader->consumed.load(std::memory_order_acquire) !=
       KJ_ASSERT_NONNULL(ring).getConsumed()) {
@@ -359,6 +361,7 @@ void Outbox::reclaim() {
   bytesSinceReclaim = 0;
   drainForeignReleases();
   if (peerHeader == nullptr) return;
+  KJ_IF_MAYBE(exception, violation) kj::throwFatalException(kj::cp(*exception));
 
   auto& r = KJ_ASSERT_NONNULL(ring);
   // Acquire: pairs with the release store in Inbox::publishConsumed(). The peer's reads of the

@@ -219,6 +219,9 @@ private:
   size_t totalBytes = 0;
   size_t retiredBytes = 0;
   bool growthAllowed = true;
+  kj::Maybe<kj::Exception> violation;
+  // Of the protocol by the peer, found where it could not be told: a bad handle, once taken from
+  // the free ring, would not be found again.
 
   kj::Vector<kj::Own<Parcel>> parcels;
   kj::Vector<Parcel*> spareParcels;
