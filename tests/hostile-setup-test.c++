@@ -281,7 +281,7 @@ INSTANTIATE_TEST_SUITE_P(Garbage, HostileSetup, testing::Values(
       peer.writeWords({ uint64_t(8) << 32, 0, 0 });
       peer.hangUp();
     } },
-    Misdeed { "BrokenOffWithinOffer", "remature EOF", [](HostilePeer& peer) {
+    Misdeed { "BrokenOffWithinOffer", "remature", [](HostilePeer& peer) {
       peer.writeWords({ uint64_t(8) << 32, 0, 0 });
       peer.hangUp();
     }, false, true },

@@ -63,7 +63,7 @@ TEST_P(ProcessEnd, WhatAKilledPeerHadSentArrives) {
       peer.process->signal(SIGKILL);
       EXPECT_EQ(-SIGKILL, peer.process->wait());
     }
-    await(kj::mv(received));
+    expectEnd(kj::mv(received));
     EXPECT_EQ(16, next);
     end->expectTransport(mode().expected());
 
