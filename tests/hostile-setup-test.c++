@@ -37,7 +37,9 @@ kj::AutoCloseFd memfd(int seals, size_t bytes = REGION_BYTES, bool allocated = t
                       unsigned flags = 0) {
   auto result = file(memfd_create("hostile", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
   KJ_SYSCALL(ftruncate(result, bytes));
-  if (allocated) KJ_REQUIRE(posix_fallocate(result, 0, bytes) == 0);
+  if (allocated) {
+    KJ_REQUIRE(posix_fallocate(result, 0, bytes) == 0);
+  }
   KJ_SYSCALL(fcntl(result, F_ADD_SEALS, seals));
   return result;
 }

@@ -365,6 +365,32 @@ TEST(OutboxInbox, UnusedRegionsAreRetired) {
   }
 }
 
+TEST(OutboxInbox, RareBurstsDoNotMakeAndRetireRegionsForEver) {
+  EndOptions options;
+  options.maxBytes = 64 << 20;
+  Pair pair(options);
+  uint made = 0;
+  size_t before = 0;
+  for (uint64_t burst = 0; burst < 20; burst++) {
+    pair.a.waiting.push_back(pair.a.newMessage(Shape::ofBytes(burst, 300000)));
+    for (bool arrived = false; !arrived;) {
+      pair.a.publishWaiting();
+      pair.handleLetters();
+      arrived = pair.b.take() != nullptr;
+      pair.b.giveBack();
+    }
+    if (pair.a.outbox->getRegionBytes() > before) ++made;
+    for (uint64_t i = 0; i < 10000; i++) {
+      ASSERT_TRUE(pair.a.send(Shape::inlined(i)));
+      ASSERT_TRUE(pair.b.take() != nullptr);
+      pair.b.giveBack();
+    }
+    before = pair.a.outbox->getRegionBytes();
+  }
+  EXPECT_GT(made, 1u);
+  EXPECT_LT(made, 10u);
+}
+
 TEST(OutboxInbox, RegionsAreAnnouncedInOrder) {
   // Also when retiring another one has moved them about in the outbox's list.
   EndOptions options;

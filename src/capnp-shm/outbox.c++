@@ -14,7 +14,6 @@ using kj::uint;
 namespace {
 
 constexpr size_t RECLAIM_INTERVAL = 8192;
-constexpr uint64_t UNUSED_BEFORE_RETIRE = 4096;  // Messages.
 constexpr size_t RESERVE_BYTES = 4096;
 constexpr size_t MIN_ARENA_BYTES = 1024;
 
@@ -134,6 +133,8 @@ bool Outbox::tryGrow(size_t bytes) {
         id, Region::LOCAL, false, size, published, kj::mv(memory) }));
     arena.addRange(id, 0, range);
     totalBytes += size;
+    // Memory that is wanted again was given back too soon.
+    if (retiredBytes > 0) unusedBeforeRetire *= 2;
   })) {
     // The system has no more memory or fds for us; what we have goes on working.
     (void)exception;
@@ -195,7 +196,7 @@ void Outbox::retireUnused() {
       continue;
     }
     if (region.state == Region::LOCAL && region.id + 1 == nextRegionId &&
-        published - region.lastUsed >= UNUSED_BEFORE_RETIRE) {
+        published - region.lastUsed >= unusedBeforeRetire) {
       // The peer has never heard of it.
       arena.removeRange(region.id);
       --nextRegionId;
@@ -206,8 +207,8 @@ void Outbox::retireUnused() {
     }
     // A peer may keep the fds of retired regions, so no more is retired than the limit itself.
     if ((region.state == Region::MAPPED || region.state == Region::REFUSED) &&
-               published - region.lastUsed >= UNUSED_BEFORE_RETIRE &&
-               retiredBytes + region.bytes <= limits.maxBytes) {
+        published - region.lastUsed >= unusedBeforeRetire &&
+        retiredBytes + region.bytes <= limits.maxBytes) {
       auto& r = KJ_ASSERT_NONNULL(ring);
       if (region.state == Region::MAPPED) {
         if (!r.hasRoom(1)) return;

@@ -218,6 +218,10 @@ private:
   uint unanswered = 0;
   size_t totalBytes = 0;
   size_t retiredBytes = 0;
+  uint64_t unusedBeforeRetire = 4096;
+  // For how many messages a region must have been unused. Doubled each time that turned out to be
+  // too few, so that a load with rare bursts does not make and retire regions for ever.
+
   bool growthAllowed = true;
   kj::Maybe<kj::Exception> violation;
   // Of the protocol by the peer, found where it could not be told: a bad handle, once taken from
