@@ -60,7 +60,7 @@ public:
   ItemImpl(ServerState& state, kj::StringPtr name): state(state), itemName(kj::str(name)) {
     ++state.items;
   }
-  ~ItemImpl() noexcept(false) { --state.items; }
+  virtual ~ItemImpl() noexcept(false) { --state.items; }
 
   kj::Promise<void> name(NameContext context) override;
   kj::Promise<void> sequence(SequenceContext context) override;

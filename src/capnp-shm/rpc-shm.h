@@ -204,7 +204,8 @@ public:
       capnp::ReaderOptions receiveOptions = capnp::ReaderOptions(),
       const kj::MonotonicClock& clock = kj::systemCoarseMonotonicClock());
 
-  ~SharedMemoryVatNetwork() noexcept(false);
+  virtual ~SharedMemoryVatNetwork() noexcept(false);
+  // Virtual so that clang does not warn where an application puts one on the heap.
   KJ_DISALLOW_COPY(SharedMemoryVatNetwork);
 
   kj::Promise<void> onDisconnect();
@@ -243,7 +244,7 @@ public:
   // `traceEncoder`, if provided, is passed on to `rpcSystem.setTraceEncoder()`. The context's port
   // must outlive the server.
 
-  ~SharedMemoryServer() noexcept(false);
+  virtual ~SharedMemoryServer() noexcept(false);
   KJ_DISALLOW_COPY(SharedMemoryServer);
 
   void accept(kj::Own<kj::AsyncIoStream>&& connection);
