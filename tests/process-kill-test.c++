@@ -93,7 +93,10 @@ TEST_P(ProcessEnd, KilledAtAnyMoment) {
     peer.process->signal(SIGKILL);
     EXPECT_EQ(-SIGKILL, peer.process->wait());
     expectEnd(kj::mv(received));
-    EXPECT_GE(next, peer.process->getProgress(FLUSHED));
+    // (TwoPartyVatNetwork of 1.x no longer counts a message as queued when its write begins.)
+    if (mode().isShared()) {
+      EXPECT_GE(next, peer.process->getProgress(FLUSHED));
+    }
     largestGap = kj::max(largestGap, next - when);
     connection = nullptr;
     await(end->network.onDisconnect());
