@@ -70,7 +70,7 @@ TEST(Arena, RandomOperationsAgainstModel) {
     std::map<byte*, Taken> model;
     size_t inUse = 0;
 
-    for (int step = 0; step < (testing::SANITIZED ? 5000 : 20000); step++) {
+    for (int step = 0; step < (SANITIZED ? 5000 : 20000); step++) {
       if (random() % 100 < 52) {
         size_t bytes = 1 + random() % (size_t(1) << (random() % 17));
         KJ_IF_MAYBE(block, arena.tryAllocate(bytes)) {

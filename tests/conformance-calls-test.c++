@@ -37,6 +37,18 @@ TEST_P(Calls, ReturnsResults) {
   EXPECT_EQ(2, state.calls);
 }
 
+TEST_P(Calls, UpgradeTakesOneRoundTrip) {
+  auto link = connect(state);
+  auto root = link->client->root();
+  EXPECT_EQ(3, await(add(root, 1, 2)));
+  KJ_IF_MAYBE(stats, link->client->network.getStats()) {
+    EXPECT_EQ(int(mode().expected), int(stats->outgoing.transport));
+  }
+  // The second call carries the client's switch to the server, whose answer comes after its own.
+  EXPECT_EQ(7, await(add(root, 3, 4)));
+  link->check();
+}
+
 TEST_P(Calls, ManyAtOnceReturnEachItsOwnResult) {
   auto link = connect(state);
   auto root = link->client->root();

@@ -284,8 +284,6 @@ kj::Own<Link> Conformance::connect(kj::Maybe<capnp::Capability::Client> serverBo
   return result;
 }
 
-void Conformance::turn() { kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope); }
-
 // =======================================================================================
 
 ThreadedConformance::ServerThread::ServerThread(

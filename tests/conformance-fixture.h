@@ -7,6 +7,7 @@
 // All must agree. After each test the transport which the mode should use is checked.
 
 #include "conformance-server.h"
+#include "loop-fixture.h"
 #include <capnp-shm/rpc-shm.h>
 #include <gtest/gtest.h>
 #include <kj/async-io.h>
@@ -21,18 +22,6 @@ namespace conformance {
 
 using capnp::rpc::twoparty::Side;
 using capnp::rpc::twoparty::VatId;
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool SANITIZED = true;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-constexpr bool SANITIZED = true;
-#else
-constexpr bool SANITIZED = false;
-#endif
-#else
-constexpr bool SANITIZED = false;
-#endif
 
 struct EndMode {
   // How one end of a connection is made.
@@ -174,9 +163,8 @@ public:
   kj::Own<End> server;
 };
 
-class Conformance: public testing::TestWithParam<Mode> {
+class Conformance: public testing::TestWithParam<Mode>, protected LoopFixture {
 protected:
-  Conformance(): io(kj::setupAsyncIo()) {}
   ~Conformance() noexcept override {}
 
   const Mode& mode() { return GetParam(); }
@@ -192,28 +180,6 @@ protected:
   kj::Own<Link> connect(ServerState& state, LinkOptions options = LinkOptions()) {
     return connect(capnp::Capability::Client(kj::heap<RootImpl>(state)), options);
   }
-
-  void turn();
-  // Everything that happens without waiting for a timer.
-
-  template <typename T>
-  T await(kj::Promise<T>&& promise) {
-    // Waits, but not for ever: a deadlock shall fail the test that shows it.
-    return promise.exclusiveJoin(io.provider->getTimer().afterDelay(100 * kj::SECONDS)
-        .then([]() -> kj::Promise<T> { return KJ_EXCEPTION(FAILED, "deadlock"); }))
-        .wait(io.waitScope);
-  }
-
-  template <typename Func>
-  void until(Func&& condition) {
-    // Waits for something that no promise tells.
-    for (kj::uint i = 0; i < 3000 && !condition(); i++) {
-      io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
-    }
-    KJ_ASSERT(condition(), "it did not happen");
-  }
-
-  kj::AsyncIoContext io;
 };
 
 class ThreadedConformance: public Conformance {

@@ -118,22 +118,12 @@ inline std::string misdeedName(const testing::TestParamInfo<Misdeed>& info) {
   return info.param.name;
 }
 
-class HostileTest: public testing::TestWithParam<Misdeed> {
+class HostileTest: public testing::TestWithParam<Misdeed>, protected LoopFixture {
 protected:
-  HostileTest(): io(kj::setupAsyncIo()) {}
   ~HostileTest() noexcept override {}
 
   void run(const Misdeed& misdeed);
   // Against a bare network and against a server, each untrusting and trusting.
-
-  template <typename T>
-  T await(kj::Promise<T>&& promise) {
-    return promise.exclusiveJoin(io.provider->getTimer().afterDelay(60 * kj::SECONDS)
-        .then([]() -> kj::Promise<T> { return KJ_EXCEPTION(FAILED, "deadlock"); }))
-        .wait(io.waitScope);
-  }
-
-  kj::AsyncIoContext io;
 
 private:
   void runAgainstNetwork(const Misdeed& misdeed, const SharedMemoryContext& context);

@@ -5,6 +5,7 @@
 // Two ends of shared memory in one process, without a socket: what the tests of message, outbox
 // and inbox have in common. An End may live on a thread of its own.
 
+#include "loop-fixture.h"
 #include <capnp-shm/inbox.h>
 #include <capnp-shm/message.h>
 #include <capnp-shm/outbox.h>
@@ -19,18 +20,6 @@
 
 namespace capnpshm {
 namespace testing {
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool SANITIZED = true;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-constexpr bool SANITIZED = true;
-#else
-constexpr bool SANITIZED = false;
-#endif
-#else
-constexpr bool SANITIZED = false;
-#endif
 
 class Random {
   // SplitMix64: cheap enough to make the contents of a million messages.

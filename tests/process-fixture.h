@@ -127,9 +127,8 @@ void runWorkload(conformance::Root::Client root, kj::WaitScope& waitScope);
 // Calls of all kinds to a server of the conformance suite to which nobody has spoken. Throws
 // whatever differs from what is expected.
 
-class ProcessTest: public testing::TestWithParam<ProcessMode> {
+class ProcessTest: public testing::TestWithParam<ProcessMode>, protected LoopFixture {
 protected:
-  ProcessTest(): io(kj::setupAsyncIo()) {}
   ~ProcessTest() noexcept override;
   // No child process is left.
 
@@ -147,26 +146,6 @@ protected:
   kj::Own<Connection> rawConnection(conformance::End& end);
   // For a test that sends and receives messages itself.
 
-  template <typename T>
-  T await(kj::Promise<T>&& promise) {
-    // Waits, but not for ever: a deadlock shall fail the test that shows it.
-    return promise.exclusiveJoin(io.provider->getTimer().afterDelay(100 * kj::SECONDS)
-        .then([]() -> kj::Promise<T> { return KJ_EXCEPTION(FAILED, "deadlock"); }))
-        .wait(io.waitScope);
-  }
-
-  template <typename Func>
-  void until(Func&& condition) {
-    // Waits for something that no promise tells.
-    for (kj::uint i = 0; i < 30000 && !condition(); i++) {
-      io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
-    }
-    KJ_ASSERT(condition(), "it did not happen");
-  }
-
-  void turn() { kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope); }
-
-  kj::AsyncIoContext io;
   conformance::ServerState state;
 };
 

@@ -17,7 +17,6 @@ namespace {
 using conformance::End;
 using conformance::Root;
 using conformance::RootImpl;
-using conformance::SANITIZED;
 using kj::uint;
 
 class ProcessEnd: public ProcessTest {

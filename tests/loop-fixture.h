@@ -1,0 +1,56 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#pragma once
+
+// What most test fixtures have in common.
+
+#include <kj/async-io.h>
+#include <kj/debug.h>
+
+namespace capnpshm {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool SANITIZED = true;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+constexpr bool SANITIZED = true;
+#else
+constexpr bool SANITIZED = false;
+#endif
+#else
+constexpr bool SANITIZED = false;
+#endif
+// Whether everything takes a multiple of the usual time, so that counts should be lower.
+
+class LoopFixture {
+  // An event loop, and ways to wait on it which end.
+
+protected:
+  LoopFixture(): io(kj::setupAsyncIo()) {}
+
+  template <typename T>
+  T await(kj::Promise<T>&& promise) {
+    // Waits, but not for ever: a deadlock shall fail the test that shows it.
+    return promise.exclusiveJoin(io.provider->getTimer().afterDelay(100 * kj::SECONDS)
+        .then([]() -> kj::Promise<T> { return KJ_EXCEPTION(FAILED, "deadlock"); }))
+        .wait(io.waitScope);
+  }
+
+  template <typename Func>
+  void until(Func&& condition) {
+    // Waits for something that no promise tells.
+    for (kj::uint i = 0; i < 30000 && !condition(); i++) {
+      io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
+    }
+    KJ_ASSERT(condition(), "it did not happen");
+  }
+
+  void turn() {
+    // Everything that happens without waiting for a timer.
+    kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+  }
+
+  kj::AsyncIoContext io;
+};
+
+}  // namespace capnpshm
