@@ -257,17 +257,17 @@ INSTANTIATE_TEST_SUITE_P(Garbage, HostileSetup, testing::Values(
       message.get().setEnd();
       auto segment = message.getMessage().getSegmentsForOutput()[0];
       // The discriminant is the 16 bits that hold the number of `end`.
-      auto words = kj::heapArray<capnp::word>(segment);
+      auto bytes = kj::heapArray<kj::byte>(segment.asBytes());
       auto halves = kj::arrayPtr(
-          reinterpret_cast<uint16_t*>(words.begin()), words.size() * 4);
+          reinterpret_cast<uint16_t*>(bytes.begin()), bytes.size() / sizeof(uint16_t));
       uint found = 0;
       for (auto& half: halves) {
         if (half == uint16_t(Control::END)) half = 99, ++found;
       }
       KJ_REQUIRE(found == 1);
-      uint64_t header = uint64_t(words.size()) << 32;
+      uint64_t header = uint64_t(segment.size()) << 32;
       peer.writeBytes(kj::arrayPtr(&header, 1).asBytes());
-      peer.writeBytes(words.asBytes());
+      peer.writeBytes(bytes);
     } },
     Misdeed { "PlainNoise", "egments", [](HostilePeer& peer) {
       peer.writeWords({ 0x0123456789abcdef, 0, 0, 0 });
