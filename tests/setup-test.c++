@@ -27,10 +27,11 @@ class HandMadePeer {
   // A network and, at the other end of its socket, whatever the test writes.
 
 public:
-  explicit HandMadePeer(SharedMemoryOptions options = SharedMemoryOptions())
+  explicit HandMadePeer(
+      SharedMemoryOptions options = SharedMemoryOptions(), kj::uint maxFdsPerMessage = 1)
       : io(kj::setupAsyncIo()), pipe(io.provider->newCapabilityPipe()),
-        network(SharedMemoryContext { &io.unixEventPort, options }, *pipe.ends[0], 1,
-                Side::CLIENT),
+        network(SharedMemoryContext { &io.unixEventPort, options }, *pipe.ends[0],
+                maxFdsPerMessage, Side::CLIENT),
         region(createRegion(REGION_BYTES)), receiving(nullptr) {
     capnp::MallocMessageBuilder message;
     auto vatId = message.initRoot<capnp::rpc::twoparty::VatId>();
@@ -287,6 +288,39 @@ TEST(Setup, ResetDoesNotLoseWhatWasPublished) {
   peer.startReceiving();
   peer.settle();
   EXPECT_NE(peer.failure, "");
+}
+
+TEST(Setup, EndStaysCleanWhateverBecomesOfTheSocket) {
+  HandMadePeer peer;
+  peer.upgrade();
+  peer.writeControl([](protocol::Control::Builder control) { control.setEnd(); });
+  peer.settle();
+  EXPECT_TRUE(peer.ended);
+  // The peer leaves without having read all, which resets the connection.
+  peer.connection->shutdown().wait(peer.io.waitScope);
+  peer.pipe.ends[1] = nullptr;
+  peer.settle();
+  peer.ended = false;
+  peer.startReceiving();
+  peer.settle();
+  EXPECT_TRUE(peer.ended);
+  EXPECT_EQ(peer.failure, "");
+}
+
+TEST(Setup, NoDescriptorsForWhoWantsNone) {
+  // Though there is room for one with each frame, for the fd of a region.
+  HandMadePeer peer(SharedMemoryOptions(), 0);
+  peer.upgrade();
+  peer.receiving = nullptr;
+  int fd = peer.region.fd;
+  peer.writeControl([](protocol::Control::Builder control) { control.setFds(1); },
+      kj::arrayPtr(&fd, 1));
+  uint64_t root = 0;
+  KJ_ASSERT_NONNULL(peer.ring).publish(
+      { DescriptorKind::MESSAGE, 0, 1, 1, 1 }, kj::arrayPtr(&root, 1));
+  auto message = KJ_ASSERT_NONNULL(
+      peer.connection->receiveIncomingMessage().wait(peer.io.waitScope));
+  EXPECT_EQ(0u, message->getAttachedFds().size());
 }
 
 TEST(HostilePeer, SecondEndIsRefused) {

@@ -302,9 +302,7 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
 }
 
 void SharedMemoryConnection::dropped() {
-  if (shuttingDown && !owner.isForked() && previousWrite != nullptr) {
-    endTask = endWriting().eagerlyEvaluate(nullptr);
-  }
+  if (shuttingDown && !owner.isForked()) endTask = endWriting();
 }
 
 kj::Promise<void> SharedMemoryConnection::whenWritten() {
@@ -316,7 +314,8 @@ kj::Promise<void> SharedMemoryConnection::whenWritten() {
 }
 
 kj::Promise<void> SharedMemoryConnection::endWriting() {
-  // Ends the stream behind what is queued; nothing can be queued any more.
+  // Ends the stream behind what is queued, as long as the result lives; nothing can be queued any
+  // more.
   if (previousWrite == nullptr) return kj::READY_NOW;
   kj::Promise<void> result = KJ_ASSERT_NONNULL(previousWrite).then([this]() {
     writeEnded = true;

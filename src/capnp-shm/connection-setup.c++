@@ -102,10 +102,7 @@ void SharedMemoryConnection::handleControl(
     case protocol::Control::SWITCH:
       KJ_REQUIRE(gotMapped && outgoingShared && !incomingShared,
           "peer switched to shared memory before that was agreed");
-      incomingShared = true;
-      controlTask = readControl(isMutualTrust()).eagerlyEvaluate([this](kj::Exception&& exception) {
-        fail(kj::mv(exception));
-      });
+      switchIncoming(isMutualTrust());
       return;
 
     case protocol::Control::REGION:
@@ -143,10 +140,7 @@ void SharedMemoryConnection::handleControl(
       if (plainReason == nullptr && !incomingShared) {
         KJ_REQUIRE(gotMapped && outgoingShared,
             "peer ended its messages before shared memory was agreed");
-        incomingShared = true;
-        controlTask = readControl(false).eagerlyEvaluate([this](kj::Exception&& exception) {
-          fail(kj::mv(exception));
-        });
+        switchIncoming(false);
       }
       ended = true;
       return;
@@ -155,6 +149,14 @@ void SharedMemoryConnection::handleControl(
       KJ_FAIL_REQUIRE("peer sent an event bell at the wrong place");
   }
   KJ_FAIL_REQUIRE("peer sent a control message of an unknown kind", uint(control.which()));
+}
+
+void SharedMemoryConnection::switchIncoming(bool bellExpected) {
+  // From here on the peer's messages come through shared memory.
+  incomingShared = true;
+  controlTask = readControl(bellExpected).eagerlyEvaluate([this](kj::Exception&& exception) {
+    fail(kj::mv(exception));
+  });
 }
 
 void SharedMemoryConnection::handleOffer(
@@ -290,7 +292,7 @@ void SharedMemoryConnection::stayPlain(kj::StringPtr reason) {
   incomingStats.transport = Transport::PLAIN;
   peerFirstRegion = nullptr;
   outbox = nullptr;
-  if (shuttingDown) endTask = endWriting().eagerlyEvaluate(nullptr);
+  if (shuttingDown) endTask = endWriting();
   if (options.requireSharedMemory) {
     fail(KJ_EXCEPTION(FAILED, "shared memory is required, but cannot be used", reason));
   }

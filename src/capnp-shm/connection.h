@@ -167,6 +167,7 @@ private:
   void handleOffer(protocol::Offer::Reader offer, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleRegion(protocol::Region::Reader region, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleMapped();
+  void switchIncoming(bool bellExpected);
   bool isMutualTrust() const { return options.trustPeer && peerTrustsUs; }
   void sendBell();
   void decline(kj::StringPtr reason);

@@ -394,8 +394,9 @@ IncomingMessage::~IncomingMessage() noexcept(false) {
 
 void IncomingMessage::copyInline(kj::ArrayPtr<const uint64_t> data) {
   KJ_IREQUIRE(data.size() <= MAX_BODY_WORDS);
-  memcpy(kj::arrayPtr(inlineWords, MAX_BODY_WORDS).asBytes().begin(), data.begin(), data.asBytes().size());
-  inlineSegment = kj::arrayPtr(inlineWords, data.size());
+  auto target = kj::arrayPtr(inlineWords, data.size());
+  memcpy(target.asBytes().begin(), data.begin(), data.asBytes().size());
+  inlineSegment = target;
   words = data.size();
   if (words > 0) segments = kj::arrayPtr(&inlineSegment, 1);
 }

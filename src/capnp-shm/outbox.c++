@@ -200,9 +200,7 @@ void Outbox::retireUnused() {
       // The peer has never heard of it.
       arena.removeRange(region.id);
       --nextRegionId;
-      totalBytes -= region.bytes;
-      regions[i] = kj::mv(regions.back());
-      regions.removeLast();
+      dropRegion(i);
       return;
     }
     // A peer may keep the fds of retired regions, so no more is retired than the limit itself.
@@ -217,12 +215,16 @@ void Outbox::retireUnused() {
         arena.removeRange(region.id);
       }
       retiredBytes += region.bytes;
-      totalBytes -= region.bytes;
-      regions[i] = kj::mv(regions.back());
-      regions.removeLast();
+      dropRegion(i);
       return;
     }
   }
+}
+
+void Outbox::dropRegion(size_t index) {
+  totalBytes -= regions[index]->bytes;
+  regions[index] = kj::mv(regions.back());
+  regions.removeLast();
 }
 
 // =======================================================================================

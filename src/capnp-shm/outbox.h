@@ -257,6 +257,7 @@ private:
   void tryGrowRing();
   void countPublished();
   void retireUnused();
+  void dropRegion(size_t index);
   void awaitRegion(Region& region, Arena::Block& block);
   bool mayHold(size_t bytes);
   bool publishInParts(OutgoingMessage& message, uint fdCount);
