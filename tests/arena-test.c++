@@ -71,6 +71,7 @@ TEST(Arena, RandomOperationsAgainstModel) {
     size_t inUse = 0;
 
     for (int step = 0; step < (SANITIZED ? 5000 : 20000); step++) {
+      if (random() % 8 == 0) arena.zeroSome(random() % 8192);
       if (random() % 100 < 52) {
         size_t bytes = 1 + random() % (size_t(1) << (random() % 17));
         KJ_IF_MAYBE(block, arena.tryAllocate(bytes)) {
@@ -176,6 +177,51 @@ TEST(Arena, ZeroesExactlyWhatWasDirtied) {
   EXPECT_EQ(640u, count(0xdd));
 }
 
+TEST(Arena, ZeroesLargeBlocksAhead) {
+  constexpr size_t SIZE = 4 * Arena::LARGE_BLOCK;
+  auto memory = zeroed(2 * SIZE);
+  Arena arena;
+  arena.addRange(0, 0, memory);
+  auto& a = KJ_ASSERT_NONNULL(arena.tryAllocate(SIZE));
+  auto& b = KJ_ASSERT_NONNULL(arena.tryAllocate(SIZE));
+  EXPECT_EQ(2u, arena.getLargeBlocksInUse());
+  EXPECT_FALSE(arena.zeroSome(SIZE)) << "they are in use";
+  memset(memory.begin(), 0xff, memory.size());
+  auto dirt = [&](size_t begin) {
+    size_t result = 0;
+    for (auto byte: memory.slice(begin, begin + SIZE)) result += byte != 0;
+    return result;
+  };
+
+  arena.free(a, SIZE);
+  EXPECT_EQ(1u, arena.getLargeBlocksInUse());
+  EXPECT_TRUE(arena.zeroSome(Arena::LARGE_BLOCK));
+  EXPECT_EQ(3 * Arena::LARGE_BLOCK, dirt(0)) << "no more than was asked for";
+  for (uint i = 0; i < 3; i++) EXPECT_TRUE(arena.zeroSome(Arena::LARGE_BLOCK));
+  EXPECT_FALSE(arena.zeroSome(Arena::LARGE_BLOCK));
+  EXPECT_EQ(0u, dirt(0));
+  EXPECT_EQ(SIZE, dirt(SIZE)) << "a neighbour in use";
+
+  // What was zeroed is not zeroed again, and what was not, when it is handed out.
+  memory[0] = 1;
+  auto& again = KJ_ASSERT_NONNULL(arena.tryAllocate(SIZE));
+  EXPECT_EQ(1, memory[0]);
+  memory[0] = 0;
+  arena.free(b, SIZE);
+  EXPECT_TRUE(arena.zeroSome(CACHE_LINE));
+  KJ_ASSERT_NONNULL(arena.tryAllocate(SIZE));
+  EXPECT_EQ(0u, dirt(SIZE));
+  EXPECT_FALSE(arena.zeroSome(SIZE)) << "in use again";
+  EXPECT_EQ(2u, arena.getLargeBlocksInUse());
+
+  // Small blocks, and those that nobody wrote into, are left alone.
+  arena.free(again, 0);
+  EXPECT_FALSE(arena.zeroSome(SIZE));
+  auto& small = KJ_ASSERT_NONNULL(arena.tryAllocate(Arena::LARGE_BLOCK - CACHE_LINE));
+  arena.free(small, small.bytes().size());
+  EXPECT_FALSE(arena.zeroSome(SIZE));
+}
+
 TEST(Arena, WarmBeforeCold) {
   auto memory = zeroed(1 << 20);
   Arena arena;
@@ -231,9 +277,10 @@ TEST(Arena, RangesComeAndGoAgainstModel) {
 
     for (int step = 0; step < 6000; step++) {
       uint64_t dice = random() % 1000;
+      if (dice % 8 == 0) arena.zeroSome(random() % 8192);
       if (dice < 5 || nextRegion == 0) {
         if (capacity > 1 << 19) continue;
-        size_t size = (1 + random() % 512) * CACHE_LINE;
+        size_t size = (1 + random() % 1024) * CACHE_LINE;
         uint64_t offset = random() % 100 * CACHE_LINE;
         auto& range = ranges[nextRegion] = Range { zeroed(size), offset, false, 0 };
         arena.addRange(nextRegion++, offset, range.memory);
@@ -247,7 +294,7 @@ TEST(Arena, RangesComeAndGoAgainstModel) {
         i->second.removed = true;
         capacity -= i->second.memory.size();
       } else if (dice < 520) {
-        size_t bytes = 1 + random() % (size_t(1) << (random() % 14));
+        size_t bytes = 1 + random() % (size_t(1) << (random() % 17));
         KJ_IF_MAYBE(block, arena.tryAllocate(bytes)) {
           auto& range = ranges.at(block->getRegion());
           ASSERT_FALSE(range.removed) << "allocated in a retired region";

@@ -25,6 +25,8 @@ public:
   TurnEnd& turnEnd() { return getTurnEnd(); }
 
   bool waiting = false;
+  bool answer = false;
+  uint unprepared = 0;
   kj::Function<bool()> isThere = []() { return false; };
   kj::Function<void()> onProceed = []() {};
   uint64_t polls = 0;
@@ -37,12 +39,18 @@ private:
   void write(char what) { if (!quiet) log += std::string(name) + what + ' '; }
   void flush() override { write('F'); }
   bool isWaiting() override { return waiting; }
+  bool expectsAnswer() override { return answer; }
   bool poll() override {
     ++polls;
     bool result = isThere();
     // Of a row of looks in vain the first is enough to see.
     if (result || polls == 1) write('P');
     return result;
+  }
+  bool prepare() override {
+    if (unprepared == 0) return false;
+    write('p');
+    return --unprepared > 0;
   }
   void proceed() override {
     write('!');
@@ -252,6 +260,86 @@ TEST_F(BusyPoll, DoesNotSpinWhereItIsForbiddenOrInVain) {
     EXPECT_LE(spins, member == &never ? 0u : 60u);
     member->isThere = []() { return false; };
   }
+}
+
+TEST_F(BusyPoll, PreparesWhileThereIsTime) {
+  // Without a spin, before going to sleep.
+  FakeMember a(log, "a"), b(log, "b");
+  a.waiting = true;
+  a.unprepared = b.unprepared = 3;
+  a.active();
+  b.active();
+  EXPECT_EQ("aF bF aP ap ap ap aS bS ", turn()) << "and not for one that waits for nothing";
+
+  // Not without end, and not a moment longer than until something is there.
+  a.unprepared = 1000000;
+  a.quiet = true;
+  a.active();
+  turn();
+  EXPECT_GT(a.unprepared, 1000000u - 100);
+  a.quiet = false;
+  a.unprepared = 1000000;
+  uint looks = 0;
+  a.isThere = [&]() { return ++looks == 3; };
+  a.onProceed = [&]() { a.unprepared = 0; };
+  a.active();
+  EXPECT_EQ("aF aP ap ap aP a! aF aS ", turn());
+}
+
+TEST_F(BusyPoll, PausesBetweenRequestsDoNotSpoilTheSpinForAnswers) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no spinning on a single CPU";
+  FakeMember a(log, "a", 1000000);
+  a.waiting = true;
+  a.quiet = true;
+  uint64_t looks = 0;
+  bool here = false;
+  a.isThere = [&]() { return ++looks > 20 && here; };
+  auto spins = [&]() {
+    looks = 0;
+    a.active();
+    turn();
+    return looks > 1;
+  };
+  // One that calls with pauses: after each answer, found after twenty looks, nothing comes.
+  uint answerSpins = 0, requestSpins = 0;
+  a.onProceed = [&]() { here = false; };
+  for (uint i = 0; i < 100; i++) {
+    a.answer = here = true;
+    looks = 0;
+    a.active();
+    // The turn that finds the answer is followed by one that finds nothing.
+    a.onProceed = [&]() {
+      ++answerSpins;
+      here = a.answer = false;
+    };
+    turn();
+    requestSpins += spins();
+  }
+  EXPECT_GT(answerSpins, 90u) << "each was found without a sleep";
+  EXPECT_LT(requestSpins, 50u) << "nobody looks for long for what never comes";
+}
+
+TEST_F(BusyPoll, LooksLongerWhileThePeerIsBusyWithMuch) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no spinning on a single CPU";
+  FakeMember a(log, "a", 1000000);
+  a.waiting = a.answer = true;
+  a.quiet = true;
+  auto looksAfter = [&](size_t bytes) {
+    // The most of a few trials: a preempted one has few looks.
+    uint64_t most = 0;
+    for (uint i = 0; i < 2; i++) {
+      uint64_t looks = 0;
+      a.isThere = [&]() { ++looks; return false; };
+      a.turnEnd().moved(bytes);
+      a.active();
+      turn();
+      most = kj::max(most, looks);
+    }
+    return most;
+  };
+  uint64_t little = looksAfter(100);
+  // 1 MiB takes a few times as long to move as a trial lasts.
+  EXPECT_GT(looksAfter(1 << 20), 2 * little);
 }
 
 // =======================================================================================

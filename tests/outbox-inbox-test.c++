@@ -222,6 +222,27 @@ TEST(OutboxInbox, OneMessageHeldWhileAMillionPass) {
   EXPECT_EQ(baseline(*pair.a.outbox), pair.a.outbox->getArenaBytesInUse());
 }
 
+TEST(OutboxInbox, WhatThePeerIsDoneWithIsZeroedAhead) {
+  // So that the next message of its size need not wait for it.
+  for (bool inPlace: { false, true }) {
+    auto options = inPlace ? inPlaceOptions() : EndOptions();
+    options.firstRegionBytes = 1 << 20;
+    Pair pair(options);
+    constexpr size_t BYTES = 200000;
+    ASSERT_TRUE(pair.a.send(Shape::ofBytes(1, BYTES)));
+    EXPECT_FALSE(pair.a.outbox->prepare()) << "the peer reads it";
+    KJ_ASSERT_NONNULL(pair.b.take());
+    pair.b.giveBack();
+    uint count = 0;
+    while (pair.a.outbox->prepare()) { ASSERT_LT(++count, 100u); }
+    EXPECT_GT(count, 1u) << "a little at a time";
+    EXPECT_EQ(baseline(*pair.a.outbox), pair.a.outbox->getArenaBytesInUse());
+    ASSERT_TRUE(pair.a.send(Shape::ofBytes(2, BYTES)));
+    auto message = KJ_ASSERT_NONNULL(pair.b.take());
+    EXPECT_TRUE(matches(Shape::ofBytes(2, BYTES), message->getBody()));
+  }
+}
+
 TEST(OutboxInbox, FreeHandlesRunOut) {
   // With as many messages held as there are handles, the rest is copied and goes on.
   Pair pair(inPlaceOptions());

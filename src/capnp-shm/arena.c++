@@ -195,8 +195,25 @@ kj::Maybe<Arena::Block&> Arena::tryAllocate(size_t bytes) {
   memset(block.start, 0, block.dirty);
   block.dirty = 0;
   bytesInUse += size;
+  if (size >= LARGE_BLOCK) ++largeInUse;
   rangeOf(block.region).inUse += size;
   return block;
+}
+
+bool Arena::zeroSome(size_t limit) {
+  for (uint i = 1; i <= REMEMBERED; i++) {
+    Block*& entry = freedLately[(freedCount - i) % REMEMBERED];
+    if (entry == nullptr) continue;
+    if (entry->isFree && entry->dirty > 0) {
+      // From the end, since what lies beyond `dirty` is zero.
+      size_t rest = entry->dirty - kj::min(entry->dirty, limit);
+      memset(entry->start + rest, 0, entry->dirty - rest);
+      entry->dirty = rest;
+      return true;
+    }
+    entry = nullptr;
+  }
+  return false;
 }
 
 void Arena::free(Block& block, size_t dirtyBytes) {
@@ -206,8 +223,11 @@ void Arena::free(Block& block, size_t dirtyBytes) {
   range.inUse -= block.size;
   block.dirty = dirtyBytes;
 
+  if (block.size >= LARGE_BLOCK) --largeInUse;
+
   if (!range.removed) {
     link(block);
+    if (dirtyBytes >= LARGE_BLOCK) freedLately[freedCount++ % REMEMBERED] = &block;
   } else if (range.inUse == 0) {
     for (Block* b = range.first; b != nullptr; b = b->upper) spare.add(b);
     range = ranges.back();

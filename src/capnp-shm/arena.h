@@ -69,6 +69,16 @@ public:
   void free(Block& block, size_t dirtyBytes);
   // Gives back a block of whose bytes only the first `dirtyBytes` may differ from zero.
 
+  bool zeroSome(size_t limit);
+  // Zeroes up to `limit` bytes of large blocks that were freed lately, so that tryAllocate() need
+  // not. True if there is more of that kind.
+
+  static constexpr size_t LARGE_BLOCK = 16 * 1024;
+  // From this size on, in bytes, a block is large: zeroing it takes longer than what else there is
+  // to do for a message.
+
+  uint getLargeBlocksInUse() const { return largeInUse; }
+
   size_t getBytesInUse() const { return bytesInUse; }
   size_t getCapacity() const { return capacity; }
   // Bytes allocated now, and bytes of all ranges in use.
@@ -94,6 +104,14 @@ private:
   kj::Vector<Range> ranges;
   size_t bytesInUse = 0;
   size_t capacity = 0;
+  uint largeInUse = 0;
+
+  static constexpr uint REMEMBERED = 4;
+  Block* freedLately[REMEMBERED] = {};
+  uint freedCount = 0;
+  // Large blocks that were freed dirty, the last of them at `(freedCount - 1) % REMEMBERED`. What
+  // has become of them since, each tells by itself: it may describe something else by now, or
+  // nothing.
 
   kj::Vector<kj::Own<Block>> blocks;
   kj::Vector<Block*> spare;

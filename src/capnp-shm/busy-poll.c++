@@ -46,7 +46,10 @@ kj::Own<TurnEnd> TurnEnd::forThisLoop() {
   return kj::refcounted<TurnEnd>();
 }
 
-TurnEnd::TurnEnd(): severalCpus(hasSeveralCpus()) { currentTurnEnd = this; }
+TurnEnd::TurnEnd()
+    : severalCpus(hasSeveralCpus()), answers(ANSWER_TRIAL), requests(REQUEST_TRIAL) {
+  currentTurnEnd = this;
+}
 
 TurnEnd::~TurnEnd() noexcept(false) { currentTurnEnd = nullptr; }
 
@@ -63,7 +66,9 @@ void TurnEnd::Member::active() {
 
 void TurnEnd::schedule() {
   if (asleepSince != 0) {
-    budget.slept(now() - asleepSince, longestSpin);
+    uint64_t begin = kj::max(asleepSince, busyUntil);
+    uint64_t end = kj::max(now(), begin);
+    budget->slept(end - begin, longestSpin);
     asleepSince = 0;
     portHasRun();
   }
@@ -91,15 +96,22 @@ void TurnEnd::run() {
   // Those who wait for something come first, up to a number that keeps a round of looking short.
   size_t spinners = 0;
   longestSpin = 0;
+  budget = &requests;
+  if (bytesThisTurn >= MANY_BYTES) {
+    uint64_t time = bytesThisTurn / BYTES_PER_NANOSECOND;
+    if (time <= MAX_MOVING_NANOSECONDS) busyUntil = now() + time;
+  }
+  bytesThisTurn = 0;
   for (size_t i = 0; i < batch.size() && spinners < MAX_SPINNERS; i++) {
     if (batch[i]->isWaiting()) {
       if (severalCpus) longestSpin = kj::max(longestSpin, batch[i]->spinNanoseconds);
+      if (batch[i]->expectsAnswer()) budget = &answers;
       std::swap(batch[i], batch[spinners++]);
     }
   }
 
   auto awake = batch.slice(0, spinners);
-  if (spinners > 0 && (poll(awake) || spin(awake))) {
+  if (spinners > 0 && (poll(awake) || spin(awake) || prepare(awake))) {
     // Those that found something have announced themselves for the next end of turn, and come
     // first there. The others stay awake for now.
     for (auto member: awake) member->active();
@@ -124,23 +136,37 @@ bool TurnEnd::poll(kj::ArrayPtr<Member*> spinners) {
 }
 
 bool TurnEnd::spin(kj::ArrayPtr<Member*> spinners) {
-  uint64_t allowed = budget.next(longestSpin);
+  uint64_t allowed = budget->next(longestSpin);
   if (allowed == 0) return false;
 
   uint64_t start = now();
+  uint64_t busy = busyUntil - kj::min(busyUntil, start);
   uint64_t elapsed = 0;
   do {
     for (uint i = 0; i < ROUNDS_PER_LOOK_AT_CLOCK; i++) {
       pause();
       if (poll(spinners)) {
-        budget.hit(now() - start);
+        elapsed = now() - start;
+        budget->hit(elapsed - kj::min(elapsed, busy));
         lookAtClock();
         return true;
       }
+      for (auto member: spinners) member->prepare();
     }
     elapsed = now() - start;
-  } while (elapsed < allowed);
-  budget.miss();
+  } while (elapsed < allowed + busy);
+  budget->miss();
+  return false;
+}
+
+bool TurnEnd::prepare(kj::ArrayPtr<Member*> spinners) {
+  // What is left of it, before going to sleep. True if something was found meanwhile.
+  for (uint i = 0; i < MAX_PREPARATIONS; i++) {
+    bool more = false;
+    for (auto member: spinners) more = member->prepare() || more;
+    if (!more) return false;
+    if (poll(spinners)) return true;
+  }
   return false;
 }
 

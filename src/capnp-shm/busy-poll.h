@@ -15,8 +15,8 @@ using kj::uint;
 class TurnEnd final: public kj::Refcounted {
   // The end-of-turn event of one event loop, shared by all its connections. When the loop has
   // nothing more to do and would go to sleep, each connection that was active wakes its peer if
-  // need be; then, for a bounded time, we look whether an answer comes at once; and if none does,
-  // the connections announce that they sleep.
+  // need be; then, for a bounded time, we look whether an answer comes at once, and do meanwhile
+  // what would only cost time later; and if none does, the connections announce that they sleep.
   //
   // Invariant: at most one instance a thread at a time; a thread_local pointer, which owns
   // nothing, finds it. Reference counted by the connections. Belongs to its loop's thread.
@@ -49,11 +49,19 @@ public:
     virtual bool isWaiting() = 0;
     // Whether poll() can ever find something.
 
+    virtual bool expectsAnswer() = 0;
+    // Whether it waits for the answer to something it sent, rather than for whatever the peer may
+    // want next.
+
     virtual bool poll() = 0;
     // Whether what this connection waits for is there. Cheap: called in a tight loop.
 
     virtual void proceed() = 0;
     // poll() found something: goes on with it.
+
+    virtual bool prepare() = 0;
+    // There is time: does a little, a microsecond or so, of what would otherwise delay the next
+    // message. Whether there is more of it. Called in a tight loop too.
 
     virtual void sleep() = 0;
     // Asks the peer for a bell, then looks once more.
@@ -69,13 +77,20 @@ public:
   };
 
   void count(size_t bytes) {
-    // A message of `bytes` was taken or published.
+    // A message of `bytes` was taken, or published after it had waited.
+    moved(bytes);
     bytesSincePort += bytes;
     if (++messagesSincePort % MESSAGES_PER_LOOK_AT_CLOCK == 0) lookAtClock();
   }
 
-  void peerWasAwake() { budget.peerWasAwake(); }
-  // A message was published and its receiver needed no bell.
+  void moved(size_t bytes) { bytesThisTurn += bytes; }
+  // So much was sent, or received: the peer is busy with it, or with the next of its size, for a
+  // time that it would be premature to call a miss.
+
+  void peerWasAwake(bool answerExpected) {
+    // A message was published and its receiver needed no bell.
+    (answerExpected ? answers : requests).peerWasAwake();
+  }
 
   bool mustYield() const {
     // Whether so much was done since the loop last looked at its port that it must do that first,
@@ -95,13 +110,29 @@ private:
   static constexpr uint MESSAGES_PER_LOOK_AT_CLOCK = 64;
   static constexpr uint MAX_SPINNERS = 8;
 
+  static constexpr uint64_t ANSWER_TRIAL = 50000;
+  // Two sides that both sleep answer each other too late for a short trial.
+  static constexpr uint64_t REQUEST_TRIAL = 15000;
+  // A peer that looks for our answer sends its next request soon after it, or after a pause.
+  static constexpr size_t MANY_BYTES = 4096;
+  static constexpr uint64_t BYTES_PER_NANOSECOND = 6;
+  // Roughly what a core copies or writes, if there are many.
+  static constexpr uint64_t MAX_MOVING_NANOSECONDS = 300000;
+  // What takes longer is not worth staying awake for.
+  static constexpr uint MAX_PREPARATIONS = 32;
+  // Before going to sleep.
+
   kj::List<Member, &Member::link> members;
   kj::Maybe<kj::Promise<void>> pending;   // That will call run().
   kj::Maybe<kj::Promise<void>> finished;  // That called it last.
   kj::Vector<Member*> batch;              // Of run(); kept for its memory.
   bool severalCpus;
-  SpinBudget budget;
-  uint64_t longestSpin = 0;               // What options allowed in the last run().
+  SpinBudget answers;
+  SpinBudget requests;
+  SpinBudget* budget = &requests;         // That of the last run(),
+  uint64_t longestSpin = 0;               // and what options allowed in it.
+  size_t bytesThisTurn = 0;
+  uint64_t busyUntil = 0;                 // As far as can be told from what was moved.
   uint messagesSincePort = 0;
   size_t bytesSincePort = 0;
   uint64_t withoutPortSince = 0;          // When we first looked at the clock since then; or 0.
@@ -112,6 +143,7 @@ private:
   void run();
   bool poll(kj::ArrayPtr<Member*> spinners);
   bool spin(kj::ArrayPtr<Member*> spinners);
+  bool prepare(kj::ArrayPtr<Member*> spinners);
   void lookAtClock();
   void portHasRun();
 };

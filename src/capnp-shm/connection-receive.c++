@@ -144,6 +144,7 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
         if (incomingShared) return receiveShared();
         return receivePlain();
       }
+      countReturn(m->reader->getSegment(0));
       ++incomingStats.messages;
       incomingStats.bytes += size.payloadWords * sizeof(word);
       ++incomingStats.socketMessages;
@@ -198,6 +199,7 @@ SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
       message.attachFds(kj::mv(fdRecords.front()));
       fdRecords.pop_front();
     }
+    countReturn(message.getFirstSegment());
     size_t bytes = message.sizeInWords() * sizeof(word);
     ++incomingStats.messages;
     incomingStats.bytes += bytes;
@@ -209,6 +211,13 @@ SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
     return kj::Own<capnp::IncomingRpcMessage>(kj::mv(*m));
   }
   return nullptr;
+}
+
+void SharedMemoryConnection::countReturn(kj::ArrayPtr<const word> firstSegment) {
+  if (unansweredCalls == 0) return;
+  KJ_IF_MAYBE(kind, kindOf(firstSegment)) {
+    if (*kind == capnp::rpc::Message::RETURN) --unansweredCalls;
+  }
 }
 
 void SharedMemoryConnection::deliver() {

@@ -82,6 +82,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   if (getCurrentQueueCount() == 0) currentOutgoingMessageSendTime = clock.now();
   ++outgoingStats.messages;
   outgoingStats.bytes += bytes;
+  countCall(message.getSegments());
 
   if (!outgoingShared) {
     sendPlain(message, kj::mv(fds), bytes);
@@ -102,6 +103,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
     }
     if (o.getPosition() != before) servedInterests |= WANT_DATA;  // Perhaps only a part.
     if (published) {
+      getTurnEnd().moved(bytes);
       ++unflushedCount;
       unflushedSize += bytes;
       if (unflushedCount % MAX_UNRUNG_MESSAGES == 0) ringPeer();
@@ -119,6 +121,16 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   // Whatever the peer wrote that cannot be is no fault of this message.
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { publishWaiting(); })) {
     fail(kj::mv(*exception));
+  }
+}
+
+void SharedMemoryConnection::countCall(
+    kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
+  if (segments.size() == 0) return;
+  KJ_IF_MAYBE(kind, kindOf(segments[0])) {
+    if (*kind == capnp::rpc::Message::CALL || *kind == capnp::rpc::Message::BOOTSTRAP) {
+      ++unansweredCalls;
+    }
   }
 }
 
@@ -246,7 +258,7 @@ void SharedMemoryConnection::ringPeer() {
     if (!p->mustRing(served)) {
       if (served & WANT_DATA) {
         ++bellsSaved;
-        getTurnEnd().peerWasAwake();
+        getTurnEnd().peerWasAwake(expectsAnswer());
       }
       return;
     }

@@ -120,6 +120,16 @@ bool SharedMemoryConnection::poll() {
       (!waiting.empty() && KJ_ASSERT_NONNULL(outbox)->hasNews());
 }
 
+bool SharedMemoryConnection::prepare() {
+  bool result = false;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    result = KJ_ASSERT_NONNULL(outbox)->prepare();
+  })) {
+    fail(kj::mv(*exception));
+  }
+  return result;
+}
+
 void SharedMemoryConnection::proceed() {
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     if (!waiting.empty()) publishWaiting();

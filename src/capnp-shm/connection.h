@@ -150,6 +150,8 @@ private:
   uint64_t bellsSaved = 0;
   uint64_t sleeps = 0;
   uint64_t heapWaits = 0;
+  uint64_t unansweredCalls = 0;
+  // Calls sent less Returns received, as far as can be seen; tells how long to look for messages.
 
   kj::Own<WindowState> window;
   kj::Promise<void> controlTask;
@@ -183,6 +185,7 @@ private:
       kj::Maybe<int> borrowedFd = nullptr);
   kj::Promise<void> enqueueWrite(
       kj::Function<kj::Promise<void>()> write, bool rpcMessage = false);
+  void countCall(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
   void ringPeer();
   kj::Promise<void> whenWritten();
   kj::Promise<void> endWriting();
@@ -192,6 +195,7 @@ private:
   kj::Promise<MaybeMessage> receivePlain();
   kj::Promise<MaybeMessage> receiveShared();
   MaybeMessage takeOne();
+  void countReturn(kj::ArrayPtr<const capnp::word> firstSegment);
   kj::Maybe<kj::Exception> endOfDelivery();
   void deliver();
   kj::Promise<void> readControl(bool bellExpected);
@@ -208,7 +212,9 @@ private:
 
   void flush() override;
   bool isWaiting() override;
+  bool expectsAnswer() override { return unansweredCalls > 0 || !waiting.empty(); }
   bool poll() override;
+  bool prepare() override;
   void proceed() override;
   void sleep() override;
 };

@@ -158,6 +158,8 @@ public:
   // What the segments refer to.
   void readInPlace(kj::Own<Inbox> inbox, uint64_t handle, kj::Vector<kj::Own<PeerRegion>> regions);
 
+  kj::ArrayPtr<const capnp::word> getFirstSegment() { return getSegment(0); }
+
   uint getFdCount() const { return fdCount; }
   void setFdCount(uint count) { fdCount = count; }
   void attachFds(kj::Array<kj::AutoCloseFd> fds) { this->fds = kj::mv(fds); }

@@ -20,6 +20,17 @@ kj::Array<word> newZeroedWords(size_t count) {
 
 }  // namespace
 
+kj::Maybe<capnp::rpc::Message::Which> kindOf(kj::ArrayPtr<const word> firstSegment) {
+  if (firstSegment.size() < 2) return nullptr;
+  // A root pointer to a struct right behind it that has data, the first of which is the union's
+  // discriminant.
+  uint64_t root, data;
+  memcpy(&root, &firstSegment[0], sizeof(root));
+  memcpy(&data, &firstSegment[1], sizeof(data));
+  if (uint32_t(root) != 0 || uint16_t(root >> 32) == 0) return nullptr;
+  return capnp::rpc::Message::Which(uint16_t(data));
+}
+
 OutgoingMessage::OutgoingMessage(
     kj::Own<Outbox> outbox, MessageSender& sender, uint firstSegmentWords)
     : outbox(kj::mv(outbox)), sender(sender), firstSegmentWords(firstSegmentWords) {}

@@ -4,10 +4,15 @@
 
 #include "outbox.h"
 #include <capnp/message.h>
+#include <capnp/rpc.capnp.h>
 #include <capnp/rpc.h>
 #include <kj/io.h>
 
 namespace capnpshm {
+
+kj::Maybe<capnp::rpc::Message::Which> kindOf(kj::ArrayPtr<const capnp::word> firstSegment);
+// Which of RPC's messages this is, from a look at two words. A hint: null if it is not where it
+// usually is, and whatever a hostile peer likes.
 
 class MessageSender {
   // What an OutgoingMessage needs of its connection.

@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t RECLAIM_INTERVAL = 8192;
 constexpr size_t RESERVE_BYTES = 4096;
+constexpr size_t ZEROED_AT_A_TIME = 32 * 1024;
 constexpr size_t MIN_ARENA_BYTES = 1024;
 
 static_assert(MAX_SEGMENTS * sizeof(word) <= RESERVE_BYTES,
@@ -326,6 +327,14 @@ void Outbox::drainForeignReleases() {
     parcel->builderAlive = false;
     releaseIfDone(*parcel);
   }
+}
+
+bool Outbox::prepare() {
+  // Small blocks are not worth a look at the peer's counters.
+  uint large = arena.getLargeBlocksInUse();
+  if (ringBlock != nullptr && ringBlock->bytes().size() >= Arena::LARGE_BLOCK) --large;
+  if (large > 0 && hasNews()) reclaim();
+  return arena.zeroSome(ZEROED_AT_A_TIME);
 }
 
 kj::Array<word> Outbox::takeScratch(size_t words) {

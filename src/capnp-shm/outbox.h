@@ -139,6 +139,11 @@ public:
   void builderGone(Parcel& parcel);
   // The builder is destroyed and `dirtyBytes` of all its uses are set. Any thread.
 
+  bool prepare();
+  // There is time: takes back what the peer has consumed, and zeroes a little of what will have to
+  // be zeroed before it can be handed out again. True if there is more to do now. Throws as
+  // reclaim() does.
+
   kj::Array<capnp::word> takeScratch(size_t words);
   void returnScratch(kj::Array<capnp::word>&& scratch, size_t dirtyWords);
   // Zeroed private memory for first segments, kept warm.

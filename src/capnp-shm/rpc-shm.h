@@ -48,15 +48,18 @@ struct SharedMemoryOptions {
   // on a plain connection, the window is the socket's send buffer, as TwoPartyVatNetwork has it.
 
   uint spinMicroseconds = 50;
-  // How long, at the end of an event loop's turn, to look for an answer before going to sleep, in
-  // microseconds, at most; 0 for never. A sleep and its wake-up cost tens of microseconds, an
-  // answer from a peer that is awake comes in two or three.
+  // How long, at the end of an event loop's turn, to look for an answer or the next request before
+  // going to sleep, in microseconds, at most; 0 for never. A sleep and its wake-up cost tens of
+  // microseconds, an answer from a peer that is awake comes in two or three. To this is added, for
+  // messages of 4 KiB to 1.8 MiB, the time that it takes to move them, at 6 bytes a nanosecond
+  // (175 µs for 1 MiB).
   //
-  // The time actually spent adapts to whether it pays, down to nothing when it does not: on an
-  // overloaded machine, between calls that come with pauses, or for slow calls. What it may cost:
-  // CPU time of about 10 µs for each time that it finds nothing, and after a few of those, a trial
-  // of four times this value every 256 sleeps at most. Never used on a single CPU. If connections
-  // on one loop differ, the longest counts.
+  // The time actually spent adapts to whether it pays, separately for answers and for requests, down
+  // to nothing when it does not: on an overloaded machine, between calls that come with pauses, or
+  // for slow calls. What it may cost: CPU time of about 10 µs for each time that it finds nothing,
+  // and after a few of those, a trial of twice this value every 256 sleeps, or of twice 15 µs every
+  // 32 answers, at most. Never used on a single CPU. If connections on one loop differ, the longest
+  // counts.
 
   bool requireSharedMemory = false;
   // If the connection cannot use shared memory, fail it (type FAILED, with the reason) instead of

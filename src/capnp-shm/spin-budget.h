@@ -10,26 +10,29 @@ namespace capnpshm {
 using kj::uint;
 
 class SpinBudget {
-  // Decides how long to look for an answer before going to sleep. Knows no clock: the caller tells
+  // Decides how long to look for something before going to sleep. Knows no clock: the caller tells
   // what came of it. All times in nanoseconds.
   //
-  // What it weighs: a sleep and its wake-up together cost both sides some 20 µs of CPU and add
+  // What it weighs: a sleep and its wake-up together cost both sides some 30 µs of CPU and add
   // 30-60 µs to the answer. A spin that finds something within that time has paid for itself; one
   // that finds nothing, or finds it late, has not. So:
   //
   // - As long as spins pay, the next may last a few times as long as they took.
   // - After a few in a row that did not, there are no more of them,
   // - but a trial now and then, when sleeps turn out short, or when the peer turns out to be awake
-  //   after we were not. A trial is a few spins of full length, because two sides that both sleep
-  //   answer each other too late for a short one; once both are awake, answers come within a few
-  //   microseconds. Trials that fail become rarer, each time by half.
+  //   after we were not. Trials that fail become rarer, each time by half.
+  //
+  // An event loop has two of these, since answers and requests come at different times: one that
+  // calls with pauses finds its answers soon and its pauses never.
 
 public:
+  explicit SpinBudget(uint64_t longestTrial): longestTrial(longestTrial) {}
+  // `longestTrial` is how long a spin of a trial may last.
+
   uint64_t next(uint64_t longest) const {
     // How long to spin now, `longest` being what the options allow; 0 for not at all.
     if (credit == 0) return 0;
-    if (!inStep) return longest;
-    return kj::min(LEAST_SPIN + HIT_FACTOR * averageHit, longest);
+    return kj::min(inStep ? LEAST_SPIN + HIT_FACTOR * averageHit : longestTrial, longest);
   }
 
   void hit(uint64_t nanoseconds) {
@@ -56,18 +59,22 @@ public:
   }
 
   void peerWasAwake() {
-    // We published an answer after having slept and found the peer still awake: it spins.
-    if (credit == 0) considerTrial(trialInterval / 4 + 1);
+    // We published something after having slept and found the peer still awake. Perhaps it spins;
+    // perhaps it only had something else to do.
+    if (credit == 0) considerTrial(AWAKE_WEIGHT);
   }
 
 private:
   static constexpr uint64_t LEAST_SPIN = 10000;
-  static constexpr uint64_t PAYING_HIT = 20000;
+  static constexpr uint64_t PAYING_HIT = 30000;
   static constexpr uint64_t HIT_FACTOR = 3;
   static constexpr uint64_t SHORT_SLEEP = 3;
   static constexpr uint FULL_CREDIT = 4;
+  static constexpr uint TRIAL_CREDIT = 2;
+  static constexpr uint AWAKE_WEIGHT = 8;
   static constexpr uint MAX_TRIAL_INTERVAL = 256;
 
+  uint64_t longestTrial;
   bool inStep = false;        // Whether spins pay at present.
   uint64_t averageHit = 0;    // Of those.
   uint credit = FULL_CREDIT;  // How many more spins in a row may fail to pay.
@@ -78,7 +85,7 @@ private:
     reasons += weight;
     if (reasons < trialInterval) return;
     reasons = 0;
-    credit = FULL_CREDIT;
+    credit = TRIAL_CREDIT;
   }
 };
 
