@@ -111,9 +111,13 @@ Arena::Block* Arena::findFit(size_t size) {
 
   // In the size's own class the blocks of a class that spans several sizes need not fit. The few
   // most recently freed are worth a look.
+  Block* dirty = nullptr;
   uint looked = 0;
   for (Block* block = classes[index]; block != nullptr && looked < 8; block = block->next) {
-    if (block->size >= size) return block;
+    if (block->size >= size) {
+      if (size < LARGE_BLOCK || block->dirty <= size / 2) return block;
+      if (dirty == nullptr) dirty = block;
+    }
     ++looked;
   }
 
@@ -121,9 +125,13 @@ Arena::Block* Arena::findFit(size_t size) {
   for (uint i = (index + 1) / 64; i < kj::size(nonEmpty); i++) {
     uint64_t bits = nonEmpty[i];
     if (i == (index + 1) / 64) bits &= ~uint64_t(0) << ((index + 1) % 64);
-    if (bits != 0) return classes[i * 64 + __builtin_ctzll(bits)];
+    if (bits != 0) {
+      Block* block = classes[i * 64 + __builtin_ctzll(bits)];
+      if (dirty == nullptr || block->dirty <= size / 2) return block;
+      break;
+    }
   }
-  return nullptr;
+  return dirty;
 }
 
 bool Arena::mergeNeighbours() {

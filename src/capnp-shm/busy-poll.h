@@ -117,7 +117,7 @@ private:
   static constexpr size_t MANY_BYTES = 4096;
   static constexpr uint64_t BYTES_PER_NANOSECOND = 6;
   // Roughly what a core copies or writes, if there are many.
-  static constexpr uint64_t MAX_MOVING_NANOSECONDS = 300000;
+  static constexpr uint64_t MAX_MOVING_NANOSECONDS = 700000;
   // What takes longer is not worth staying awake for.
   static constexpr uint MAX_PREPARATIONS = 32;
   // Before going to sleep.

@@ -16,6 +16,9 @@ namespace {
 constexpr uint64_t CONSUMPTION_WORTH_TELLING = 64 * 1024;
 // Bytes of blocks, after which the sender is told, so that it can use them while they are warm.
 
+constexpr uint64_t MESSAGES_BETWEEN_CARES = 64;
+// Of the pool of buffers.
+
 void copyPayload(void* target, const void* source, size_t bytes) {
   // The only place where payload is read that an untrusted peer may be rewriting. The barriers
   // keep the compiler from reading the source again later instead of the copy.
@@ -95,6 +98,15 @@ bool Inbox::addRegion(uint32_t id, kj::Maybe<int> fd, uint64_t bytes) {
   return true;
 }
 
+kj::Array<word> Inbox::newCopy(IncomingMessage& message, size_t words) {
+  // Memory to copy `message` to.
+  if (words < LARGE_BUFFER_WORDS) return kj::heapArray<word>(words);
+  if (pool == nullptr) pool = kj::atomicRefcounted<BufferPool>(limits.maxBytes / 4);
+  auto& p = KJ_ASSERT_NONNULL(pool);
+  message.returnCopyTo(kj::atomicAddRef(*p));
+  return p->take(words);
+}
+
 PeerRegion& Inbox::findRegion(uint32_t id) {
   for (auto& region: regions) {
     if (region->id == id) return *region;
@@ -125,6 +137,9 @@ kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(bool fdsArrived) {
       return nullptr;
     }
     held = false;
+    if (++messages % MESSAGES_BETWEEN_CARES == 0) {
+      KJ_IF_MAYBE(p, pool) (*p)->passed(messages);
+    }
 
     switch (head.kind) {
       case DescriptorKind::MESSAGE:
@@ -222,7 +237,7 @@ kj::Own<IncomingMessage> Inbox::takeMessage() {
   KJ_REQUIRE(freeRing != nullptr || handle == FREE_BY_CONSUMPTION,
       "peer published a message to be freed by handle, but this side has no free ring", handle);
   bool inPlace = limits.inPlace && handle != FREE_BY_CONSUMPTION;
-  auto copy = kj::heapArray<word>(inlineWords + (inPlace ? 0 : restWords));
+  auto copy = newCopy(*message, inlineWords + (inPlace ? 0 : restWords));
   memcpy(copy.asBytes().begin(), inlineData.begin(), inlineWords * sizeof(word));
   auto segments = kj::heapArray<kj::ArrayPtr<const word>>(count);
   uint index = 0;
@@ -276,7 +291,7 @@ void Inbox::beginAssembly() {
   options.nestingLimit = limits.nestingLimit;
   auto message = kj::heap<IncomingMessage>(options);
   message->setFdCount(head.fds);
-  auto memory = kj::heapArray<word>(total);
+  auto memory = newCopy(*message, total);
   auto segments = kj::heapArray<kj::ArrayPtr<const word>>(head.segments);
   size_t position = 0;
   for (uint i = 0; i < head.segments; i++) {
@@ -284,20 +299,20 @@ void Inbox::beginAssembly() {
     position += sizes[i];
   }
   message->setSegments(kj::mv(segments));
-  assembly = Assembly { kj::mv(message), kj::mv(memory), 0 };
+  assembly = Assembly { kj::mv(message), kj::mv(memory), total, 0 };
 }
 
 bool Inbox::continueAssembly() {
   auto& a = KJ_ASSERT_NONNULL(assembly);
   auto source = resolve(SegmentEntry::unpack(descriptor.body[1], descriptor.body[2]));
   size_t words = source.size() / sizeof(word);
-  KJ_REQUIRE(words > 0 && words <= a.memory.size() - a.filled,
-      "peer published a part that does not fit its message", words, a.filled, a.memory.size());
+  KJ_REQUIRE(words > 0 && words <= a.size - a.filled,
+      "peer published a part that does not fit its message", words, a.filled, a.size);
   copyPayload(a.memory.begin() + a.filled, source.begin(), source.size());
   a.filled += words;
   copiedBytes += source.size();
   consumedBytes += source.size();
-  if (a.filled < a.memory.size()) return false;
+  if (a.filled < a.size) return false;
   a.message->ownCopy(kj::mv(a.memory));
   return true;
 }
@@ -390,6 +405,9 @@ IncomingMessage::IncomingMessage(capnp::ReaderOptions options): MessageReader(op
 
 IncomingMessage::~IncomingMessage() noexcept(false) {
   KJ_IF_MAYBE(i, inbox) (*i)->release(handle);
+  KJ_IF_MAYBE(p, pool) {
+    if (copy != nullptr) (*p)->giveBack(kj::mv(copy));
+  }
 }
 
 void IncomingMessage::copyInline(kj::ArrayPtr<const uint64_t> data) {

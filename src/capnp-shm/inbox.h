@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "large-buffer.h"
 #include "memfd.h"
 #include "outbox.h"
 #include "ring.h"
@@ -100,6 +101,7 @@ private:
     // A message that comes in parts.
     kj::Own<IncomingMessage> message;
     kj::Array<capnp::word> memory;
+    size_t size;    // In words, of the message; `memory` may be larger.
     size_t filled;
   };
 
@@ -118,6 +120,8 @@ private:
   Descriptor descriptor;
   bool held = false;             // `descriptor` waits for its file descriptors.
   kj::Maybe<Assembly> assembly;
+  kj::Maybe<kj::Own<BufferPool>> pool;
+  uint64_t messages = 0;
   uint64_t publishedPosition;
   uint64_t consumedBytes = 0;    // Of blocks, since consumption was last published.
   bool freedSomething = false;
@@ -131,6 +135,7 @@ private:
   kj::Vector<uint64_t> foreignReleases;
   std::atomic<bool> foreignPending{false};
 
+  kj::Array<capnp::word> newCopy(IncomingMessage& message, size_t words);
   PeerRegion& findRegion(uint32_t id);
   kj::ArrayPtr<const byte> resolve(const SegmentEntry& entry);
   kj::Own<IncomingMessage> takeMessage();
@@ -155,7 +160,8 @@ public:
   void setSegments(kj::Array<kj::ArrayPtr<const capnp::word>> segments);
 
   void ownCopy(kj::Array<capnp::word> memory) { copy = kj::mv(memory); }
-  // What the segments refer to.
+  void returnCopyTo(kj::Own<BufferPool> newPool) { pool = kj::mv(newPool); }
+  // What the segments refer to, and where it goes afterwards.
   void readInPlace(kj::Own<Inbox> inbox, uint64_t handle, kj::Vector<kj::Own<PeerRegion>> regions);
 
   kj::ArrayPtr<const capnp::word> getFirstSegment() { return getSegment(0); }
@@ -177,6 +183,7 @@ private:
   capnp::word inlineWords[MAX_BODY_WORDS];
   kj::Array<kj::ArrayPtr<const capnp::word>> ownSegments;
   kj::Array<capnp::word> copy;
+  kj::Maybe<kj::Own<BufferPool>> pool;
   kj::Vector<kj::Own<PeerRegion>> regions;
   kj::Maybe<kj::Own<Inbox>> inbox;
   uint64_t handle = 0;

@@ -2,6 +2,7 @@
 
 #include "message.h"
 
+#include "large-buffer.h"
 #include <string.h>
 #include <kj/debug.h>
 
@@ -9,16 +10,6 @@ namespace capnpshm {
 
 using capnp::word;
 using kj::uint;
-
-namespace {
-
-kj::Array<word> newZeroedWords(size_t count) {
-  auto result = kj::heapArray<word>(count);
-  memset(result.begin(), 0, count * sizeof(word));
-  return result;
-}
-
-}  // namespace
 
 kj::Maybe<capnp::rpc::Message::Which> kindOf(kj::ArrayPtr<const word> firstSegment) {
   if (firstSegment.size() < 2) return nullptr;
@@ -123,7 +114,7 @@ kj::ArrayPtr<word> OutgoingMessage::allocateSegment(uint minimumSize) {
   // A segment is limited to 2^29 - 1 words.
   size = kj::max(size_t(minimumSize), kj::min(size, (size_t(1) << 29) - 1));
   totalWords += size;
-  return heapSegments.add(newZeroedWords(size));
+  return heapSegments.add(newZeroedBuffer(size));
 }
 
 }  // namespace capnpshm

@@ -18,6 +18,10 @@ namespace {
 constexpr uint MAX_RING_LINES = 8192;
 constexpr uint MAX_INLINE_WORDS = 20;
 constexpr uint TIMES_FULL_BEFORE_GROWTH = 4;
+constexpr size_t MIN_PART = 4096;
+constexpr size_t MAX_PART = 512 * 1024;
+constexpr size_t MAX_PARTS_IN_FLIGHT = 4 * 1024 * 1024;
+// Enough for both sides to copy at the same time, and little enough to stay in the caches.
 constexpr uint64_t MESSAGES_BETWEEN_RETIREMENTS = 256;
 
 static_assert(bodyCapacity(3) == MAX_INLINE_WORDS, "three lines hold the longest inline message");
@@ -54,7 +58,7 @@ void Outbox::tryGrowRing() {
     SegmentEntry target { region->id, uint32_t(bytes / sizeof(word)), block->getOffset() };
     r.jump(target, kj::arrayPtr(
         reinterpret_cast<DescriptorLine*>(block->bytes().begin()), lines));
-    if (ringBlock != nullptr) inFlight.push_back({ r.getPosition(), nullptr, ringBlock, oldBytes });
+    if (ringBlock != nullptr) inFlight.push_back({ r.getPosition(), nullptr, ringBlock, oldBytes, 0 });
     ringBlock = block;
     timesFull = 0;
   }
@@ -204,7 +208,7 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
   if (byHandle) {
     ++outstandingHandles;
   } else {
-    inFlight.push_back({ r.getPosition(), parcel, nullptr, 0 });
+    inFlight.push_back({ r.getPosition(), parcel, nullptr, 0, 0 });
   }
   countPublished();
   return true;
@@ -247,7 +251,9 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     body[1] = entry.packFirst();
     body[2] = entry.offset;
     r.publish(head, kj::arrayPtr(body, kj::size(body)));
-    inFlight.push_back({ r.getPosition(), nullptr, place.block, words * sizeof(word) });
+    inFlight.push_back({
+        r.getPosition(), nullptr, place.block, words * sizeof(word), words * sizeof(word) });
+    partBytesInFlight += words * sizeof(word);
     figures.copiedBytes += words * sizeof(word);
   };
 
@@ -276,7 +282,8 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     }
     if (!ringHasRoom(kj::size(body))) return false;
     size_t rest = (segment.size() - progress.word) * sizeof(word);
-    size_t wanted = kj::min(rest, kj::max(limits.maxBytes / 16, size_t(4096)));
+    size_t wanted = kj::min(rest, kj::max(kj::min(limits.maxBytes / 16, MAX_PART), MIN_PART));
+    if (partBytesInFlight + wanted > MAX_PARTS_IN_FLIGHT && !inFlight.empty()) return false;
     auto place = findPlace(wanted, kj::min(wanted, CACHE_LINE));
     if (place.bytes == nullptr) return false;
     size_t words = kj::min(wanted, place.bytes.size()) / sizeof(word);

@@ -200,6 +200,7 @@ private:
     Parcel* parcel;       // Of a message, or null:
     Arena::Block* block;  // Or, if null too, the reserve.
     size_t dirtyBytes;
+    size_t partBytes;     // If it is a part of a message.
   };
 
   struct Progress {
@@ -242,6 +243,7 @@ private:
   const RegionHeader* peerHeader = nullptr;
   kj::Maybe<FreeConsumer> freeRing;
   std::deque<InFlight> inFlight;
+  size_t partBytesInFlight = 0;
   size_t outstandingHandles = 0;
   size_t bytesSinceReclaim = 0;
   Progress progress;

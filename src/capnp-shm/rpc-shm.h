@@ -40,7 +40,8 @@ struct SharedMemoryOptions {
   size_t maxBytes = 256 * 1024 * 1024;
   // Limit for all regions that this side writes on this connection, in bytes. When it is reached
   // nothing fails: messages wait on the heap, in order, until the peer has freed room. Also the
-  // limit for what we map of the peer's. At least `firstRegionBytes`.
+  // limit for what we map of the peer's; and up to a quarter of it is kept, in private memory, of
+  // what large messages were copied to, for the next ones. At least `firstRegionBytes`.
 
   size_t streamWindowBytes = 0;
   // Flow control window of streaming calls (`-> stream`), in bytes; 0 means the smaller of 256 KiB
@@ -51,7 +52,7 @@ struct SharedMemoryOptions {
   // How long, at the end of an event loop's turn, to look for an answer or the next request before
   // going to sleep, in microseconds, at most; 0 for never. A sleep and its wake-up cost tens of
   // microseconds, an answer from a peer that is awake comes in two or three. To this is added, for
-  // messages of 4 KiB to 1.8 MiB, the time that it takes to move them, at 6 bytes a nanosecond
+  // messages of 4 KiB to 4 MiB, the time that it takes to move them, at 6 bytes a nanosecond
   // (175 µs for 1 MiB).
   //
   // The time actually spent adapts to whether it pays, separately for answers and for requests, down
