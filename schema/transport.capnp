@@ -49,6 +49,14 @@ struct Control {
     # The sender will send no more messages. The socket stays open for bells and answers, since the
     # receiver may have messages waiting for room, until the sender does not want those either. May
     # come in place of `switch`, behind the last plain frame.
+
+    bellSocket @11 :Void;
+    # A Unix stream socket is attached, into whose other end the sender would like to ring from now
+    # on: one byte, of any value, for each bell. Only to a peer whose offer has `takesBellSocket`.
+
+    bellSocketTaken @12 :Bool;
+    # The answer: whether the receiver listens to it. Until then, and if not, the bells stay where
+    # they were.
   }
 
   const magicValue :UInt64 = 0x6d6873706e706163;
@@ -71,6 +79,9 @@ struct Offer {
 
   maxFdsPerMessage @5 :UInt32;
   # How many file descriptors the sender accepts with an RPC message.
+
+  takesBellSocket @6 :Bool;
+  # Whether the sender listens to a `bellSocket` if it gets one.
 }
 
 struct Region {

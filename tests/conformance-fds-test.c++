@@ -263,7 +263,7 @@ TEST_P(Fds, OfACallCanceledBeforeItLeavesAreClosed) {
 TEST_P(Fds, OfAnUnusedCapabilityAreClosedWithIt) {
   auto link = connect(state, fdLimit(1));
   auto root = link->client->root();
-  await(root.sequenceRequest().send());
+  LoopFixture::settle([&]() { await(root.sequenceRequest().send()); });
   turn();
   uint before = openFds();
   for (uint i = 0; i < 10; i++) {

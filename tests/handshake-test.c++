@@ -47,6 +47,7 @@ void fill(Control::Which which, Control::Builder control) {
       offer.setRegionBytes(uint64_t(1) << 40);
       offer.setTrustsPeer(true);
       offer.setMaxFdsPerMessage(7);
+      offer.setTakesBellSocket(true);
       break;
     }
     case Control::MAPPED: control.setMapped(); break;
@@ -63,6 +64,8 @@ void fill(Control::Which which, Control::Builder control) {
     case Control::FDS: control.setFds(6); break;
     case Control::BELL: control.setBell(); break;
     case Control::END: control.setEnd(); break;
+    case Control::BELL_SOCKET: control.setBellSocket(); break;
+    case Control::BELL_SOCKET_TAKEN: control.setBellSocketTaken(true); break;
   }
 }
 
@@ -71,7 +74,7 @@ uint unionSize() {
 }
 
 TEST(Handshake, EveryKindSurvivesTheWire) {
-  ASSERT_EQ(10u, unionSize()) << "a new kind must be added to fill()";
+  ASSERT_EQ(12u, unionSize()) << "a new kind must be added to fill()";
   for (uint i = 0; i < unionSize(); i++) {
     auto which = static_cast<Control::Which>(i);
     ControlMessage message;
@@ -103,6 +106,7 @@ TEST(Handshake, OfferKeepsItsFields) {
   EXPECT_EQ(uint64_t(1) << 40, offer.getRegionBytes());
   EXPECT_TRUE(offer.getTrustsPeer());
   EXPECT_EQ(7u, offer.getMaxFdsPerMessage());
+  EXPECT_TRUE(offer.getTakesBellSocket());
 }
 
 TEST(Handshake, WhatIsNoControlMessage) {

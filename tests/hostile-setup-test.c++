@@ -2,6 +2,7 @@
 
 #include "hostile-peer.h"
 
+#include <capnp-shm/bell-socket.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -177,6 +178,8 @@ INSTANTIATE_TEST_SUITE_P(OutOfOrder, HostileSetup, testing::Values(
         [](auto c) { c.setRegionRefused(1); }),
     early("DescriptorsFirst", "before it switched", [](auto c) { c.setFds(1); }),
     early("BellFirst", "at the wrong place", [](auto c) { c.setBell(); }),
+    early("BellSocketFirst", "cannot take", [](auto c) { c.setBellSocket(); }),
+    early("BellSocketAnswerFirst", "not offered to it", [](auto c) { c.setBellSocketTaken(true); }),
     Misdeed { "SwitchWithoutMapped", "before that was agreed", [](HostilePeer& peer) {
       peer.agree();
       peer.switchOver();
@@ -196,6 +199,23 @@ INSTANTIATE_TEST_SUITE_P(OutOfOrder, HostileSetup, testing::Values(
     late("DeclinedLate", "after it had switched", [](auto c) { c.setDeclined("no"); }),
     late("OfferLate", "offered shared memory twice", [](auto c) { c.initOffer(); }),
     late("BellLate", "impossible order", [](auto c) { c.setBell(); }),
+    late("BellSocketAnswerForNothing", "not offered to it",
+        [](auto c) { c.setBellSocketTaken(false); }),
+    Misdeed { "BellSocketTwice", "cannot take", [](HostilePeer& peer) {
+      peer.upgrade();
+      for (uint i = 0; i < 2; i++) {
+        BellSocket bell;
+        int fd = bell.takePeersEnd().release();
+        kj::AutoCloseFd own(fd);
+        peer.control([](auto c) { c.setBellSocket(); }, kj::arrayPtr(&fd, 1));
+      }
+    } },
+    Misdeed { "BellSocketIsNone", "than a Unix stream socket", [](HostilePeer& peer) {
+      peer.upgrade();
+      auto fd = pipeEnd();
+      int number = fd;
+      peer.control([](auto c) { c.setBellSocket(); }, kj::arrayPtr(&number, 1));
+    } },
     late("AnswerForFirstRegion", "that was not announced", [](auto c) { c.setRegionMapped(0); }),
     late("AnswerForNothing", "that was not announced", [](auto c) { c.setRegionMapped(1); }),
     late("RefusalOfNothing", "that was not announced", [](auto c) { c.setRegionRefused(9); })

@@ -45,6 +45,16 @@ protected:
     KJ_ASSERT(condition(), "it did not happen");
   }
 
+  template <typename Func>
+  void settle(Func&& call) {
+    // Makes enough calls, all to a peer that sleeps, for a connection to have all the descriptors
+    // that it will have.
+    for (kj::uint i = 0; i < 20; i++) {
+      call();
+      await(io.provider->getTimer().afterDelay(2 * kj::MILLISECONDS));
+    }
+  }
+
   void turn() {
     // Everything that happens without waiting for a timer.
     kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);

@@ -84,7 +84,7 @@ TEST_P(Processes, FileDescriptors) {
     auto end = newEnd(kj::mv(peer.stream), Side::CLIENT, false, MAX);
     end->start(nullptr);
     auto root = end->root();
-    for (uint i = 0; i < 3; i++) await(root.sequenceRequest().send().ignoreResult());
+    settle([&]() { await(root.sequenceRequest().send().ignoreResult()); });
     auto own = resourcesOf();
     auto peers = resourcesOf(peer.process->getPid());
 

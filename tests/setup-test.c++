@@ -2,6 +2,7 @@
 
 #include <capnp-shm/rpc-shm.h>
 
+#include <capnp-shm/bell-socket.h>
 #include <capnp-shm/handshake.h>
 #include <capnp-shm/memfd.h>
 #include <capnp-shm/ring.h>
@@ -11,6 +12,7 @@
 #include <gtest/gtest.h>
 #include <kj/async-io.h>
 #include <kj/debug.h>
+#include <sys/socket.h>
 
 // A connection against a peer that is written here by hand, frame by frame: docs/PROTOCOL.md from
 // the other side.
@@ -52,6 +54,8 @@ public:
     write(message.getMessage(), fds);
   }
 
+  bool takesBellSocket = false;
+
   void writeOffer(bool withFd, uint64_t bytes = REGION_BYTES) {
     int fd = region.fd;
     writeControl([&](protocol::Control::Builder control) {
@@ -60,6 +64,7 @@ public:
       offer.setMaxVersion(1);
       offer.setNonce(1234);
       offer.setRegionBytes(bytes);
+      offer.setTakesBellSocket(takesBellSocket);
     }, withFd ? kj::arrayPtr(&fd, 1) : nullptr);
   }
 
@@ -321,6 +326,129 @@ TEST(Setup, NoDescriptorsForWhoWantsNone) {
   auto message = KJ_ASSERT_NONNULL(
       peer.connection->receiveIncomingMessage().wait(peer.io.waitScope));
   EXPECT_EQ(0u, message->getAttachedFds().size());
+}
+
+class SleepyPeer: public HandMadePeer {
+  // One that sleeps all the time, and listens to a bell socket.
+
+public:
+  SleepyPeer() {
+    takesBellSocket = true;
+    upgrade();
+  }
+
+  void expectBellOnControlSocket() {
+    uint64_t bell = 0;
+    pipe.ends[1]->read(&bell, sizeof(bell)).wait(io.waitScope);
+    EXPECT_EQ(~uint64_t(0), bell);
+  }
+
+  void makeItRing() {
+    header().sleepWord.store(++epoch << SLEEP_EPOCH_SHIFT | WANT_DATA);
+    send(8);
+    settle();
+  }
+
+  void awaitBellSocket() {
+    // Up to and with the offer of one.
+    for (uint i = 0; i < 8; i++) {
+      makeItRing();
+      expectBellOnControlSocket();
+    }
+    makeItRing();
+    kj::AutoCloseFd fdSpace[1];
+    auto frame = capnp::readMessage(*pipe.ends[1], fdSpace).wait(io.waitScope);
+    auto control = KJ_ASSERT_NONNULL(asControl(frame.reader->getRoot<capnp::AnyPointer>()));
+    ASSERT_EQ(control.which(), protocol::Control::BELL_SOCKET);
+    ASSERT_EQ(1u, frame.fds.size());
+    bellSocket = kj::mv(frame.fds[0]);
+    expectBellOnControlSocket();
+  }
+
+  void answer(bool taken) {
+    writeControl([&](protocol::Control::Builder control) { control.setBellSocketTaken(taken); });
+    settle();
+  }
+
+  uint bellsOnBellSocket() {
+    char buffer[100];
+    ssize_t n = recv(bellSocket, buffer, sizeof(buffer), MSG_DONTWAIT);
+    return n < 0 ? 0 : n;
+  }
+
+  kj::AutoCloseFd bellSocket;
+
+private:
+  uint64_t epoch = 0;
+};
+
+TEST(Setup, PeerThatSleepsOftenGetsABellSocket) {
+  SleepyPeer peer;
+  peer.awaitBellSocket();
+  peer.answer(true);
+  for (uint i = 0; i < 20; i++) {
+    peer.makeItRing();
+    EXPECT_EQ(1u, peer.bellsOnBellSocket());
+  }
+  // Should nobody listen there, the control socket is still there.
+  peer.bellSocket = nullptr;
+  peer.makeItRing();
+  peer.expectBellOnControlSocket();
+  EXPECT_EQ(peer.failure, "");
+}
+
+TEST(Setup, BellsStayWhereTheyWereIfTheBellSocketIsNotTaken) {
+  for (bool answered: { false, true }) {
+    SleepyPeer peer;
+    peer.awaitBellSocket();
+    // Not before the answer, either: the peer may have got no descriptor.
+    if (answered) peer.answer(false);
+    for (uint i = 0; i < 20; i++) {
+      peer.makeItRing();
+      peer.expectBellOnControlSocket();
+    }
+    EXPECT_EQ(0u, peer.bellsOnBellSocket());
+    EXPECT_EQ(peer.failure, "");
+  }
+}
+
+TEST(Setup, BellSocketWithoutItsDescriptorIsNotTaken) {
+  HandMadePeer peer;
+  peer.upgrade();
+  peer.writeControl([](protocol::Control::Builder control) { control.setBellSocket(); });
+  auto message = peer.read();
+  auto control = KJ_ASSERT_NONNULL(asControl(message->getRoot<capnp::AnyPointer>()));
+  ASSERT_EQ(control.which(), protocol::Control::BELL_SOCKET_TAKEN);
+  EXPECT_FALSE(control.getBellSocketTaken());
+  peer.settle();
+  EXPECT_EQ(peer.failure, "");
+}
+
+TEST(Setup, BellSocketWakes) {
+  HandMadePeer peer;
+  peer.upgrade();
+  BellSocket bell;
+  int fd = bell.takePeersEnd().release();
+  kj::AutoCloseFd own(fd);
+  peer.writeControl([](protocol::Control::Builder control) { control.setBellSocket(); },
+      kj::arrayPtr(&fd, 1));
+  ASSERT_EQ(peer.readControl(), protocol::Control::BELL_SOCKET_TAKEN);
+  for (uint i = 0; i < 200; i++) {
+    bool arrived = false;
+    peer.receiving = nullptr;
+    peer.receiving = peer.connection->receiveIncomingMessage().then(
+        [&](kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>&& message) {
+      arrived = message != nullptr;
+    }).eagerlyEvaluate(nullptr);
+    ASSERT_FALSE(peer.receiving.poll(peer.io.waitScope));
+    uint64_t root = 0;
+    auto& ring = KJ_ASSERT_NONNULL(peer.ring);
+    ring.updateConsumed(ring.getPosition());
+    ring.publish({ DescriptorKind::MESSAGE, 0, 1, 0, 1 }, kj::arrayPtr(&root, 1));
+    bell.ring();
+    peer.receiving.wait(peer.io.waitScope);
+    ASSERT_TRUE(arrived);
+  }
 }
 
 TEST(HostilePeer, SecondEndIsRefused) {

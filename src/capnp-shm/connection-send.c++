@@ -270,6 +270,7 @@ void SharedMemoryConnection::ringPeer() {
     (*b)->ring();
     return;
   }
+  if (bellSocketState == TAKEN && KJ_ASSERT_NONNULL(bellSocket)->ring()) return;
   outgoingStats.socketBytes += sizeof(BELL);
   if (pendingWrites > 0) {
     // Behind the frame that is being written.

@@ -56,6 +56,7 @@ void SharedMemoryConnection::writeOffer() {
   builder.setRegionBytes(o.getFirstRegionBytes());
   builder.setTrustsPeer(options.trustPeer);
   builder.setMaxFdsPerMessage(maxFdsPerMessage);
+  builder.setTakesBellSocket(port != nullptr);
   // The outbox owns the fd, and might be dropped before it is written.
   message = message.attach(kj::atomicAddRef(o));
   writeControl(kj::mv(message), nullptr, o.getFirstRegionFd());
@@ -145,6 +146,20 @@ void SharedMemoryConnection::handleControl(
       ended = true;
       return;
 
+    case protocol::Control::BELL_SOCKET:
+      handleBellSocket(fds);
+      return;
+
+    case protocol::Control::BELL_SOCKET_TAKEN:
+      KJ_REQUIRE(bellSocketState == OFFERED && bellSocket != nullptr,
+          "peer answers for a bell that was not offered to it");
+      if (control.getBellSocketTaken()) {
+        bellSocketState = TAKEN;
+      } else {
+        bellSocket = nullptr;
+      }
+      return;
+
     case protocol::Control::BELL:
       KJ_FAIL_REQUIRE("peer sent an event bell at the wrong place");
   }
@@ -201,6 +216,7 @@ void SharedMemoryConnection::handleOffer(
     return;
   }
   peerTrustsUs = peerOffer.getTrustsPeer();
+  peerTakesBellSocket = peerOffer.getTakesBellSocket();
 
   if (!createOutbox()) {
     decline(KJ_ASSERT_NONNULL(plainReason));
@@ -276,6 +292,38 @@ void SharedMemoryConnection::sendBell() {
     return;
   }
   writeControl(kj::mv(message), nullptr, KJ_ASSERT_NONNULL(peerBell)->getFd());
+}
+
+void SharedMemoryConnection::offerBellSocket() {
+  bellSocketState = OFFERED;
+  if (!peerTakesBellSocket || peerBell != nullptr) return;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() {
+    bellSocket = kj::heap<BellSocket>();
+  })) {
+    // Without a descriptor to spare the control socket does as well.
+    (void)exception;
+    return;
+  }
+  auto message = kj::heap<ControlMessage>();
+  message->get().setBellSocket();
+  auto fds = kj::heapArrayBuilder<kj::AutoCloseFd>(1);
+  fds.add(KJ_ASSERT_NONNULL(bellSocket)->takePeersEnd());
+  writeControl(kj::mv(message), fds.finish());
+}
+
+void SharedMemoryConnection::handleBellSocket(kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  KJ_REQUIRE(incomingShared && port != nullptr && ownBell == nullptr,
+      "peer sent a bell that this side cannot take");
+  bool taken = fds.size() > 0 && fds[0] != nullptr;
+  if (taken) {
+    ownBell = BellSocket::newListener(*port, kj::mv(fds[0]));
+    bellTask = listenToBell().eagerlyEvaluate([this](kj::Exception&& exception) {
+      fail(kj::mv(exception));
+    });
+  }
+  auto message = kj::heap<ControlMessage>();
+  message->get().setBellSocketTaken(taken);
+  writeControl(kj::mv(message));
 }
 
 void SharedMemoryConnection::decline(kj::StringPtr reason) {

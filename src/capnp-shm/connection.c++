@@ -10,6 +10,13 @@
 
 namespace capnpshm {
 
+namespace {
+
+constexpr uint64_t BELLS_BEFORE_SOCKET = 8;
+// A connection that is used now and then needs no further descriptors.
+
+}  // namespace
+
 class SharedMemoryConnection::WindowState final
     : public kj::Refcounted, public capnp::RpcFlowController::WindowGetter {
   // The stream window; owned by the connection and by its flow controllers, which may outlive it.
@@ -102,6 +109,7 @@ void SharedMemoryConnection::flush() {
   if (!outgoingShared || failure != nullptr || owner.isForked()) return;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     announceRegions();
+    if (bellSocketState == UNTRIED && bellsRung >= BELLS_BEFORE_SOCKET) offerBellSocket();
     if (!waiting.empty()) publishWaiting();
     if (KJ_ASSERT_NONNULL(inbox)->takeFreed()) servedInterests |= WANT_ROOM;
     if (servedInterests != 0) ringPeer();

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "bell-socket.h"
 #include "busy-poll.h"
 #include "doorbell.h"
 #include "event-bell.h"
@@ -12,7 +13,7 @@
 #include "outbox.h"
 #include "rpc-shm.h"
 #include <kj/function.h>
-#include <deque>
+#include <list>
 
 namespace capnpshm {
 
@@ -108,6 +109,10 @@ private:
   kj::Maybe<PeerSleepWord> peerSleepWord;
   kj::Maybe<kj::Own<EventBell>> peerBell;
   // To wake the peer, if both sides trust each other; else the socket is the bell.
+  kj::Maybe<kj::Own<BellSocket>> bellSocket;
+  enum { UNTRIED, OFFERED, TAKEN } bellSocketState = UNTRIED;
+  // To wake a peer that need not be trusted, once it proves to sleep often.
+  bool peerTakesBellSocket = false;
   kj::Maybe<kj::Own<EventBellListener>> ownBell;
   kj::Own<ForeignWake> foreignWake;
 
@@ -115,8 +120,9 @@ private:
   kj::Maybe<kj::Promise<void>> previousWrite;
   // Resolves when the previous write completes. Null after shutdown().
   uint pendingWrites = 0;
-  std::deque<WaitingMessage> waiting;
-  std::deque<uint64_t> fdPositions;
+  // Lists, since unlike a std::deque they take no memory while they are empty, as they mostly are.
+  std::list<WaitingMessage> waiting;
+  std::list<uint64_t> fdPositions;
   // Ring positions of published messages with file descriptors that the peer may not have taken.
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> drainedFulfiller;
   uint64_t servedInterests = 0;
@@ -130,7 +136,7 @@ private:
   kj::Maybe<kj::Exception> failure;
   // Set once the connection is broken: all further receives fail with it.
   kj::Maybe<Receiver&> receiver;
-  std::deque<kj::Array<kj::AutoCloseFd>> fdRecords;
+  std::list<kj::Array<kj::AutoCloseFd>> fdRecords;
   bool ended = false;
   kj::Maybe<kj::Exception> endReason;
   // How the control socket ended, once it did; null for a clean end.
@@ -172,6 +178,8 @@ private:
   void switchIncoming(bool bellExpected);
   bool isMutualTrust() const { return options.trustPeer && peerTrustsUs; }
   void sendBell();
+  void offerBellSocket();
+  void handleBellSocket(kj::ArrayPtr<kj::AutoCloseFd> fds);
   void decline(kj::StringPtr reason);
   void stayPlain(kj::StringPtr reason);
 
