@@ -58,13 +58,6 @@ int createMemfd() {
   return fd;
 }
 
-void adviseMapping(void* begin, size_t size) {
-  // A fork child must not inherit the mapping: it would share our ring with us. And a core dump
-  // need not hold the payload twice.
-  KJ_SYSCALL(madvise(begin, size, MADV_DONTFORK));
-  KJ_SYSCALL(madvise(begin, size, MADV_DONTDUMP));
-}
-
 }  // namespace
 
 uint64_t forkGeneration() {
@@ -85,11 +78,10 @@ Mapping::~Mapping() noexcept(false) {
   }
 }
 
-OwnRegion createRegion(size_t bytes) {
+kj::AutoCloseFd newMemfd(size_t bytes) {
   size_t pageSize = sysconf(_SC_PAGESIZE);
   KJ_REQUIRE(bytes > 0 && bytes % pageSize == 0,
       "a region's size must be a positive multiple of the page size", bytes, pageSize);
-  ensureAtForkRegistered();
 
   kj::AutoCloseFd fd(createMemfd());
   KJ_SYSCALL(ftruncate(fd, bytes), "cannot size shared memory", bytes);
@@ -102,13 +94,49 @@ OwnRegion createRegion(size_t bytes) {
   if (error != 0) {
     KJ_FAIL_SYSCALL("posix_fallocate()", error, "cannot allocate shared memory", bytes);
   }
+  return fd;
+}
+
+void keepToThisProcess(kj::ArrayPtr<kj::byte> mapped) {
+  // A fork child must not inherit the mapping: it would share our ring with us. And a core dump
+  // need not hold the payload twice.
+  ensureAtForkRegistered();
+  KJ_SYSCALL(madvise(mapped.begin(), mapped.size(), MADV_DONTFORK));
+  KJ_SYSCALL(madvise(mapped.begin(), mapped.size(), MADV_DONTDUMP));
+}
+
+void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
+  int seals = fcntl(fd, F_GET_SEALS);
+  if (seals < 0) {
+    int error = errno;
+    KJ_FAIL_REQUIRE("peer sent as shared memory a file that cannot be sealed", strerror(error));
+  }
+  KJ_REQUIRE((seals & requiredSeals) == requiredSeals,
+      "peer sent shared memory without the seals that it must have", seals, requiredSeals);
+
+  struct statfs fs;
+  KJ_SYSCALL(fstatfs(fd, &fs));
+  // A hugetlb memfd can be sealed too, but touching it may raise SIGBUS when the pool is empty.
+  KJ_REQUIRE(fs.f_type == TMPFS_MAGIC,
+      "peer sent shared memory that is not an ordinary memfd", uint64_t(fs.f_type));
+
+  struct stat stats;
+  KJ_SYSCALL(fstat(fd, &stats));
+  KJ_REQUIRE(uint64_t(stats.st_size) == announcedBytes,
+      "peer sent shared memory of another size than it announced", stats.st_size, announcedBytes);
+  KJ_REQUIRE(uint64_t(stats.st_blocks) * 512 >= announcedBytes,
+      "peer sent shared memory with holes", stats.st_blocks, announcedBytes);
+}
+
+OwnRegion createRegion(size_t bytes) {
+  auto fd = newMemfd(bytes);
 
   void* begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (begin == MAP_FAILED) {
     KJ_FAIL_SYSCALL("mmap()", errno, "cannot map shared memory", bytes);
   }
   Mapping mapping(reinterpret_cast<kj::byte*>(begin), bytes);
-  adviseMapping(begin, bytes);
+  keepToThisProcess(mapping.bytes());
 
   // After our own writable mapping, which FUTURE_WRITE leaves alone.
   KJ_SYSCALL(fcntl(fd, F_ADD_SEALS, REQUIRED_SEALS | F_SEAL_SEAL),
@@ -118,8 +146,6 @@ OwnRegion createRegion(size_t bytes) {
 }
 
 Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes) {
-  ensureAtForkRegistered();
-
   size_t pageSize = sysconf(_SC_PAGESIZE);
   KJ_REQUIRE(announcedBytes > 0 && announcedBytes % pageSize == 0,
       "peer announced a region whose size is not a positive multiple of the page size",
@@ -127,26 +153,7 @@ Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes) {
   KJ_REQUIRE(announcedBytes <= maxBytes,
       "peer announced a larger region than this side accepts", announcedBytes, maxBytes);
 
-  int seals = fcntl(fd, F_GET_SEALS);
-  if (seals < 0) {
-    int error = errno;
-    KJ_FAIL_REQUIRE("peer sent as a region a file that cannot be sealed", strerror(error));
-  }
-  KJ_REQUIRE((seals & REQUIRED_SEALS) == REQUIRED_SEALS,
-      "peer sent a region without the seals SHRINK, GROW and FUTURE_WRITE", seals);
-
-  struct statfs fs;
-  KJ_SYSCALL(fstatfs(fd, &fs));
-  // A hugetlb memfd can be sealed too, but touching it may raise SIGBUS when the pool is empty.
-  KJ_REQUIRE(fs.f_type == TMPFS_MAGIC,
-      "peer sent a region that is not an ordinary memfd", uint64_t(fs.f_type));
-
-  struct stat stats;
-  KJ_SYSCALL(fstat(fd, &stats));
-  KJ_REQUIRE(uint64_t(stats.st_size) == announcedBytes,
-      "peer sent a region of another size than it announced", stats.st_size, announcedBytes);
-  KJ_REQUIRE(uint64_t(stats.st_blocks) * 512 >= announcedBytes,
-      "peer sent a region with holes", stats.st_blocks, announcedBytes);
+  requirePeerMemfd(fd, REQUIRED_SEALS, announcedBytes);
 
   void* begin = mmap(nullptr, announcedBytes, PROT_READ, MAP_SHARED, fd, 0);
   if (begin == MAP_FAILED) {
@@ -155,7 +162,7 @@ Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes) {
         strerror(error), announcedBytes));
   }
   Mapping mapping(reinterpret_cast<kj::byte*>(begin), announcedBytes);
-  adviseMapping(begin, announcedBytes);
+  keepToThisProcess(mapping.bytes());
   return mapping;
 }
 

@@ -60,4 +60,19 @@ Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes);
 // The checks are made in an order in which none can block, whatever kind of file the fd is: seals
 // first, because a FUSE file answers that without asking its server.
 
+// ---------------------------------------------------------------------------------------
+// What regions and sealed segments (sealed.h) have in common
+
+kj::AutoCloseFd newMemfd(size_t bytes);
+// A memfd of `bytes` zeroed bytes, a positive multiple of the page size, allocated whole and not
+// sealed yet. Throws as createRegion() does. Any thread.
+
+void keepToThisProcess(kj::ArrayPtr<kj::byte> mapped);
+// Keeps a mapping out of fork children and core dumps. To be called before a Mapping is used, and
+// again whenever something else was mapped in its place.
+
+void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes);
+// Throws unless `fd`, which the peer sent, is an ordinary memfd of this size with at least these
+// seals and without holes.
+
 }  // namespace capnpshm
