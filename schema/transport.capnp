@@ -57,6 +57,10 @@ struct Control {
     bellSocketTaken @12 :Bool;
     # The answer: whether the receiver listens to it. Until then, and if not, the bells stay where
     # they were.
+
+    sealed @13 :Sealed;
+    # As `fds`, for a message with sealed segments, whose files are attached. Only to a receiver
+    # whose offer said that it accepts them.
   }
 
   const magicValue :UInt64 = 0x6d6873706e706163;
@@ -82,6 +86,9 @@ struct Offer {
 
   takesBellSocket @6 :Bool;
   # Whether the sender listens to a `bellSocket` if it gets one.
+
+  sealedBytes @7 :UInt64;
+  # The size of the largest sealed segment that the sender would map; 0 if it accepts none.
 }
 
 struct Region {
@@ -89,4 +96,12 @@ struct Region {
   # 1, 2, 3, ... in the order in which they are announced. The first region is 0.
 
   bytes @1 :UInt64;
+}
+
+struct Sealed {
+  bytes @0 :List(UInt64);
+  # The size of each file; 1 to 16. Sealed segments of the message are numbered in this order.
+
+  fds @1 :UInt32;
+  # How many file descriptors of the RPC message itself are attached, behind those files.
 }

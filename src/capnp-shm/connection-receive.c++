@@ -193,10 +193,12 @@ kj::Maybe<kj::Exception> SharedMemoryConnection::endOfDelivery() {
 
 SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
   auto& i = *KJ_ASSERT_NONNULL(inbox);
-  KJ_IF_MAYBE(m, i.tryTake(!fdRecords.empty())) {
+  kj::ArrayPtr<SealedFile> sealed;
+  if (!fdRecords.empty()) sealed = fdRecords.front().sealed;
+  KJ_IF_MAYBE(m, i.tryTake(!fdRecords.empty(), sealed)) {
     auto& message = **m;
     if (message.getFdCount() > 0) {
-      message.attachFds(kj::mv(fdRecords.front()));
+      message.attachFds(kj::mv(fdRecords.front().fds));
       fdRecords.pop_front();
     }
     countReturn(message.getFirstSegment());
@@ -253,7 +255,8 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
   };
   auto frame = kj::heap<Frame>();
   auto& f = *frame;
-  f.fds = kj::heapArray<kj::AutoCloseFd>(kj::max(maxFdsPerMessage, 1u));
+  f.fds = kj::heapArray<kj::AutoCloseFd>(kj::max(maxFdsPerMessage, 1u) +
+      (acceptedSealedBytes() > 0 ? MAX_SEALED_SEGMENTS : 0));
 
   // Only KJ can make something of an eventfd without an event port, and only while receiving it.
   // KJ may also throw here and now, if the peer closed a socket in which it had left something.

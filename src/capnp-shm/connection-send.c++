@@ -20,6 +20,9 @@ namespace {
 
 constexpr uint MAX_UNRUNG_MESSAGES = 32;
 
+constexpr uint MAX_FDS_PER_WRITE = 253;
+// Linux passes no more at once (SCM_MAX_FD).
+
 size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
   return capnp::computeSerializedSizeInWords(segments) * sizeof(word);
 }
@@ -90,7 +93,8 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   }
 
   active();
-  if (waiting.empty() && fds.size() == 0) {
+  bool sealable = message.getSealed().countSealable() > 0;
+  if (waiting.empty() && fds.size() == 0 && !sealable) {
     announceRegions();
     auto& o = *KJ_ASSERT_NONNULL(outbox);
     uint64_t before = o.getPosition();
@@ -112,7 +116,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
     announceRegions();
   }
 
-  auto fdState = fds.size() > 0 ? WaitingMessage::UNSENT : WaitingMessage::NONE;
+  auto fdState = fds.size() > 0 || sealable ? WaitingMessage::UNSENT : WaitingMessage::NONE;
   ++heapWaits;
   ++queueCount;
   queueSize += bytes;
@@ -209,6 +213,46 @@ void SharedMemoryConnection::announceRegions() {
   }
 }
 
+bool SharedMemoryConnection::sendFds(WaitingMessage& message) {
+  // Sends what must go over the socket before the message is published. False if too much of that
+  // is ahead of the peer.
+  auto& sealed = message.message->getSealed();
+  if (fdPositions.size() + kj::max(sealed.countSealable(), 1u) > MAX_FDS_AHEAD) return false;
+  kj::Vector<SealedSegments::File> files;
+  if (message.fds.size() + MAX_SEALED_SEGMENTS <= MAX_FDS_PER_WRITE) {
+    files = sealed.seal(message.message->getSegments());
+  }
+  if (files.size() == 0 && message.fds.size() == 0) {
+    // No segment could be sealed, or was worth it.
+    message.fdState = WaitingMessage::NONE;
+    return true;
+  }
+
+  auto control = kj::heap<ControlMessage>();
+  auto fds = kj::heapArrayBuilder<kj::AutoCloseFd>(files.size() + message.fds.size());
+  if (files.size() == 0) {
+    control->get().setFds(message.fds.size());
+  } else {
+    auto builder = control->get().initSealed();
+    builder.setFds(message.fds.size());
+    auto bytes = builder.initBytes(files.size());
+    for (uint i = 0; i < files.size(); i++) {
+      bytes.set(i, files[i].bytes);
+      fds.add(kj::mv(files[i].fd));
+    }
+  }
+  for (auto& fd: message.fds) fds.add(kj::mv(fd));
+  message.fds = nullptr;
+  message.fdState = WaitingMessage::WRITING;
+  writeControl(kj::mv(control), fds.finish());
+  previousWrite = KJ_ASSERT_NONNULL(previousWrite).then([this]() {
+    if (waiting.empty()) return;
+    waiting.front().fdState = WaitingMessage::WRITTEN;
+    active();
+  }).eagerlyEvaluate(nullptr);
+  return true;
+}
+
 void SharedMemoryConnection::publishWaiting() {
   auto& o = *KJ_ASSERT_NONNULL(outbox);
   o.reclaim();
@@ -216,27 +260,19 @@ void SharedMemoryConnection::publishWaiting() {
 
   while (!waiting.empty()) {
     auto& front = waiting.front();
-    if (front.fdState == WaitingMessage::UNSENT) {
-      if (fdPositions.size() >= MAX_FDS_AHEAD) break;
-      front.fdState = WaitingMessage::WRITING;
-      auto message = kj::heap<ControlMessage>();
-      message->get().setFds(front.fds.size());
-      writeControl(kj::mv(message), kj::mv(front.fds));
-      previousWrite = KJ_ASSERT_NONNULL(previousWrite).then([this]() {
-        if (waiting.empty()) return;
-        waiting.front().fdState = WaitingMessage::WRITTEN;
-        active();
-      }).eagerlyEvaluate(nullptr);
-    }
+    if (front.fdState == WaitingMessage::UNSENT && !sendFds(front)) break;
     if (front.fdState == WaitingMessage::WRITING) break;
 
-    uint fdCount = front.message->getFds().size();
+    uint sealedCount = front.message->getSealed().countSealed();
+    uint fdCount = front.message->getFds().size() + sealedCount;
     uint64_t before = o.getPosition();
     bool published = o.tryPublish(*front.message, fdCount);
     announceRegions();
     if (o.getPosition() != before) servedInterests |= WANT_DATA;  // Perhaps only a part.
     if (!published) break;
-    if (fdCount > 0) fdPositions.push_back(o.getPosition());
+    if (fdCount > 0) {
+      for (uint i = 0; i < kj::max(sealedCount, 1u); i++) fdPositions.push_back(o.getPosition());
+    }
     getTurnEnd().count(front.bytes);
     --queueCount;
     queueSize -= front.bytes;

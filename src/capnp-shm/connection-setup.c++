@@ -57,6 +57,7 @@ void SharedMemoryConnection::writeOffer() {
   builder.setTrustsPeer(options.trustPeer);
   builder.setMaxFdsPerMessage(maxFdsPerMessage);
   builder.setTakesBellSocket(port != nullptr);
+  builder.setSealedBytes(acceptedSealedBytes());
   // The outbox owns the fd, and might be dropped before it is written.
   message = message.attach(kj::atomicAddRef(o));
   writeControl(kj::mv(message), nullptr, o.getFirstRegionFd());
@@ -123,18 +124,13 @@ void SharedMemoryConnection::handleControl(
       publishWaiting();
       return;
 
-    case protocol::Control::FDS: {
-      KJ_REQUIRE(incomingShared, "peer sent file descriptors before it switched to shared memory");
-      KJ_REQUIRE(fdRecords.size() < MAX_FDS_AHEAD,
-          "peer sent file descriptors too far ahead of its messages");
-      auto kept = kj::heapArrayBuilder<kj::AutoCloseFd>(
-          kj::min(fds.size(), size_t(maxFdsPerMessage)));
-      for (auto& fd: fds) {
-        if (kept.size() < kept.capacity() && fd != nullptr) kept.add(kj::mv(fd));
-      }
-      fdRecords.push_back(kept.finish());
+    case protocol::Control::FDS:
+      handleFds(nullptr, fds);
       return;
-    }
+
+    case protocol::Control::SEALED:
+      handleSealed(control.getSealed(), fds);
+      return;
 
     case protocol::Control::END:
       KJ_REQUIRE(!ended, "peer ended its messages twice");
@@ -164,6 +160,41 @@ void SharedMemoryConnection::handleControl(
       KJ_FAIL_REQUIRE("peer sent an event bell at the wrong place");
   }
   KJ_FAIL_REQUIRE("peer sent a control message of an unknown kind", uint(control.which()));
+}
+
+void SharedMemoryConnection::handleFds(
+    kj::Array<SealedFile> sealed, kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  KJ_REQUIRE(incomingShared, "peer sent file descriptors before it switched to shared memory");
+  size_t ahead = kj::max(sealed.size(), size_t(1));
+  for (auto& record: fdRecords) ahead += kj::max(record.sealed.size(), size_t(1));
+  KJ_REQUIRE(ahead <= MAX_FDS_AHEAD, "peer sent file descriptors too far ahead of its messages");
+  auto kept = kj::heapArrayBuilder<kj::AutoCloseFd>(
+      kj::min(fds.size(), size_t(maxFdsPerMessage)));
+  for (auto& fd: fds) {
+    if (kept.size() < kept.capacity() && fd != nullptr) kept.add(kj::mv(fd));
+  }
+  fdRecords.push_back(FdRecord { kept.finish(), kj::mv(sealed) });
+}
+
+void SharedMemoryConnection::handleSealed(
+    protocol::Sealed::Reader sealed, kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  KJ_REQUIRE(acceptedSealedBytes() > 0,
+      "peer sent sealed segments, which this side does not accept");
+  auto bytes = sealed.getBytes();
+  KJ_REQUIRE(bytes.size() > 0 && bytes.size() <= MAX_SEALED_SEGMENTS,
+      "peer sent an impossible number of sealed segments", bytes.size());
+  // If there are fewer fds than there should be, somebody had none to spare; then the connection
+  // ends, but not before the messages that came before.
+  auto files = KJ_MAP(size, bytes) { return SealedFile { nullptr, size }; };
+  size_t arrived = kj::min(files.size(), fds.size());
+  for (size_t i = 0; i < arrived; i++) files[i].fd = kj::mv(fds[i]);
+  handleFds(kj::mv(files), fds.slice(arrived, fds.size()));
+}
+
+uint64_t SharedMemoryConnection::acceptedSealedBytes() const {
+  // Who reads in place anyway has no use for them.
+  if (options.sealedThresholdBytes == 0 || options.trustPeer) return 0;
+  return options.sealedHeldBytes;
 }
 
 void SharedMemoryConnection::switchIncoming(bool bellExpected) {
@@ -222,7 +253,12 @@ void SharedMemoryConnection::handleOffer(
     decline(KJ_ASSERT_NONNULL(plainReason));
     return;
   }
-  KJ_ASSERT_NONNULL(outbox)->writeHeader(version);
+  auto& o = *KJ_ASSERT_NONNULL(outbox);
+  o.writeHeader(version);
+  if (options.sealedThresholdBytes > 0 && peerOffer.getSealedBytes() > 0) {
+    o.allowSealed({ options.sealedThresholdBytes, peerOffer.getSealedBytes(),
+        options.trustPeer ? uint64_t(kj::maxValue) : options.sealedTotalBytes });
+  }
   if (!offered) writeOffer();
   auto message = kj::heap<ControlMessage>();
   message->get().setMapped();
@@ -262,6 +298,7 @@ void SharedMemoryConnection::handleMapped() {
   limits.nestingLimit = receiveOptions.nestingLimit;
   limits.maxBytes = options.maxBytes;
   limits.inPlace = options.trustPeer;
+  limits.sealedBytes = acceptedSealedBytes();
   auto& i = inbox.emplace(kj::atomicRefcounted<Inbox>(kj::atomicAddRef(*o),
       kj::mv(KJ_ASSERT_NONNULL(peerFirstRegion)), version, limits,
       kj::atomicAddRef(*foreignWake)));

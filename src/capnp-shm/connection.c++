@@ -211,6 +211,7 @@ SharedMemoryStats SharedMemoryConnection::getStats() {
     result.outgoing.referencedMessages = figures.referencedMessages;
     result.outgoing.referencedBytes = figures.referencedBytes;
     result.outgoing.copiedBytes = figures.copiedBytes;
+    result.outgoing.sealedBytes = figures.sealedBytes;
     result.regions = (*o)->getRegionCount();
     result.regionBytes = (*o)->getRegionBytes();
     result.ringBytes = (*o)->getRingBytes();
@@ -221,6 +222,7 @@ SharedMemoryStats SharedMemoryConnection::getStats() {
     result.incoming.inlineMessages = (*i)->getInlineMessages();
     result.incoming.inlineBytes = (*i)->getInlineBytes();
     result.incoming.copiedBytes = (*i)->getCopiedBytes();
+    result.incoming.sealedBytes = (*i)->getSealedBytes();
     result.incoming.referencedMessages = sharedMessagesTaken - result.incoming.inlineMessages;
     result.incoming.referencedBytes = sharedBytesTaken - result.incoming.inlineBytes;
   }

@@ -76,6 +76,12 @@ private:
     size_t bytes;
   };
 
+  struct FdRecord {
+    // What came on the socket for a message that is still to come, or is being waited for.
+    kj::Array<kj::AutoCloseFd> fds;
+    kj::Array<SealedFile> sealed;
+  };
+
   SharedMemoryOptions options;
   kj::UnixEventPort* port;
   kj::AsyncCapabilityStream& stream;
@@ -123,7 +129,8 @@ private:
   // Lists, since unlike a std::deque they take no memory while they are empty, as they mostly are.
   std::list<WaitingMessage> waiting;
   std::list<uint64_t> fdPositions;
-  // Ring positions of published messages with file descriptors that the peer may not have taken.
+  // Ring positions of published messages with file descriptors that the peer may not have taken;
+  // for each sealed segment once.
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> drainedFulfiller;
   uint64_t servedInterests = 0;
   bool writeFailed = false;
@@ -136,7 +143,7 @@ private:
   kj::Maybe<kj::Exception> failure;
   // Set once the connection is broken: all further receives fail with it.
   kj::Maybe<Receiver&> receiver;
-  std::list<kj::Array<kj::AutoCloseFd>> fdRecords;
+  std::list<FdRecord> fdRecords;
   bool ended = false;
   kj::Maybe<kj::Exception> endReason;
   // How the control socket ended, once it did; null for a clean end.
@@ -174,6 +181,9 @@ private:
   void handleControl(protocol::Control::Reader control, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleOffer(protocol::Offer::Reader offer, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleRegion(protocol::Region::Reader region, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  void handleFds(kj::Array<SealedFile> sealed, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  void handleSealed(protocol::Sealed::Reader sealed, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  uint64_t acceptedSealedBytes() const;
   void handleMapped();
   void switchIncoming(bool bellExpected);
   bool isMutualTrust() const { return options.trustPeer && peerTrustsUs; }
@@ -189,6 +199,7 @@ private:
   void sendPlain(OutgoingMessage& message, kj::Array<kj::AutoCloseFd> fds, size_t bytes);
   void publishWaiting();
   void announceRegions();
+  bool sendFds(WaitingMessage& message);
   void writeControl(kj::Own<ControlMessage> control, kj::Array<kj::AutoCloseFd> fds = nullptr,
       kj::Maybe<int> borrowedFd = nullptr);
   kj::Promise<void> enqueueWrite(

@@ -54,7 +54,8 @@ kj::ArrayPtr<const DescriptorLine> findRing(const PeerRegion& region) {
 Inbox::Inbox(kj::Own<Outbox> outboxParam, kj::Own<PeerRegion> firstRegion, uint32_t version,
              const InboxLimits& limits, kj::Own<ForeignWake> foreignWake)
     : outbox(kj::mv(outboxParam)), limits(limits), foreignWake(kj::mv(foreignWake)),
-      ring(findRing(*firstRegion)), publishedPosition(ring.getPosition()) {
+      ring(findRing(*firstRegion)), publishedPosition(ring.getPosition()),
+      sealedBudget(kj::atomicRefcounted<SealedBudget>(limits.sealedBytes)) {
   auto bytes = firstRegion->bytes();
   auto& header = *reinterpret_cast<const RegionHeader*>(bytes.begin());
   KJ_REQUIRE(loadOnce(header.version) == version,
@@ -124,7 +125,8 @@ kj::ArrayPtr<const byte> Inbox::resolve(const SegmentEntry& entry) {
   return bytes.slice(entry.offset, entry.offset + size);
 }
 
-kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(bool fdsArrived) {
+kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(
+    bool fdsArrived, kj::ArrayPtr<SealedFile> sealed) {
   for (;;) {
     if (!held && !ring.tryTake(descriptor)) return nullptr;
 
@@ -144,7 +146,7 @@ kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(bool fdsArrived) {
     switch (head.kind) {
       case DescriptorKind::MESSAGE:
       case DescriptorKind::MESSAGE_TABLE:
-        return takeMessage();
+        return takeMessage(head.fds > 0 ? sealed : nullptr);
       case DescriptorKind::BEGIN:
         beginAssembly();
         continue;
@@ -166,7 +168,7 @@ kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(bool fdsArrived) {
   }
 }
 
-kj::Own<IncomingMessage> Inbox::takeMessage() {
+kj::Own<IncomingMessage> Inbox::takeMessage(kj::ArrayPtr<SealedFile> sealed) {
   auto& head = descriptor.head;
   uint count = head.segments;
   uint inlineWords = head.inlineWords;
@@ -209,12 +211,17 @@ kj::Own<IncomingMessage> Inbox::takeMessage() {
       "peer published a descriptor that is too short for its segments", body.size(), rest);
 
   auto sources = kj::heapArray<kj::ArrayPtr<const byte>>(rest);
-  uint64_t restWords = 0;
+  uint64_t restWords = 0, sealedWords = 0;
   kj::Vector<kj::Own<PeerRegion>> used;
   for (uint i = 0; i < rest; i++) {
     auto entry = SegmentEntry::unpack(body[i * 2], body[i * 2 + 1]);
-    sources[i] = resolve(entry);
     restWords += entry.words;
+    if (entry.isSealed()) {
+      sealedWords += entry.words;
+      claimSealed(sealed, entry);
+      continue;  // Not opened before everything is checked; no source until then.
+    }
+    sources[i] = resolve(entry);
     if (limits.inPlace) {
       bool known = false;
       for (auto& region: used) known = known || region->id == entry.region;
@@ -237,15 +244,22 @@ kj::Own<IncomingMessage> Inbox::takeMessage() {
   KJ_REQUIRE(freeRing != nullptr || handle == FREE_BY_CONSUMPTION,
       "peer published a message to be freed by handle, but this side has no free ring", handle);
   bool inPlace = limits.inPlace && handle != FREE_BY_CONSUMPTION;
-  auto copy = newCopy(*message, inlineWords + (inPlace ? 0 : restWords));
+  auto copy = newCopy(*message, inlineWords + (inPlace ? 0 : restWords - sealedWords));
   memcpy(copy.asBytes().begin(), inlineData.begin(), inlineWords * sizeof(word));
   auto segments = kj::heapArray<kj::ArrayPtr<const word>>(count);
   uint index = 0;
   if (inlineWords > 0) segments[index++] = copy.slice(0, inlineWords);
   word* target = copy.begin() + inlineWords;
-  for (auto& source: sources) {
+  for (uint i = 0; i < rest; i++) {
+    auto source = sources[i];
     size_t size = source.size() / sizeof(word);
-    if (inPlace) {
+    auto entry = SegmentEntry::unpack(body[i * 2], body[i * 2 + 1]);
+    if (entry.isSealed()) {
+      auto segment = sealedBudget->open(sealed[entry.region & ~SEALED_SEGMENT], entry.words);
+      segments[index++] = segment->getWords();
+      (segment->isCopied() ? copiedBytes : sealedBytes) += entry.words * sizeof(word);
+      message->ownSealed(kj::mv(segment));
+    } else if (inPlace) {
       segments[index++] = kj::arrayPtr(reinterpret_cast<const word*>(source.begin()), size);
     } else {
       copyPayload(target, source.begin(), source.size());
@@ -258,7 +272,7 @@ kj::Own<IncomingMessage> Inbox::takeMessage() {
   if (inPlace) {
     message->readInPlace(kj::atomicAddRef(*this), handle, kj::mv(used));
   } else if (handle == FREE_BY_CONSUMPTION) {
-    consumedBytes += restWords * sizeof(word);
+    consumedBytes += (restWords - sealedWords) * sizeof(word);
   } else {
     release(handle);
   }

@@ -6,6 +6,7 @@
 #include "memfd.h"
 #include "outbox.h"
 #include "ring.h"
+#include "sealed.h"
 #include <capnp/message.h>
 #include <capnp/rpc.h>
 #include <kj/function.h>
@@ -34,6 +35,7 @@ struct InboxLimits {
   int nestingLimit;
   uint64_t maxBytes;               // Of all regions of the peer together.
   bool inPlace;                    // Whether to read messages where they lie.
+  uint64_t sealedBytes = 0;        // Of sealed segments that are mapped at a time.
 };
 
 class IncomingMessage;
@@ -68,9 +70,10 @@ public:
   bool isReady() const { return !held && ring.isReady(); }
   // Whether tryTake() may find something. Not if it waits for file descriptors.
 
-  kj::Maybe<kj::Own<IncomingMessage>> tryTake(bool fdsArrived);
+  kj::Maybe<kj::Own<IncomingMessage>> tryTake(
+      bool fdsArrived, kj::ArrayPtr<SealedFile> sealed = nullptr);
   // The next message, if it is there in whole. If file descriptors belong to it, only if
-  // `fdsArrived`; otherwise it is to be tried again when they are here.
+  // `fdsArrived`; otherwise it is to be tried again when they are here. `sealed` came with them.
 
   bool isIncomplete() const { return held || assembly != nullptr; }
   // Whether a message has begun to arrive whose rest, or whose file descriptors, are not there.
@@ -89,6 +92,7 @@ public:
   uint64_t getCopiedBytes() const { return copiedBytes; }
   uint64_t getInlineMessages() const { return inlineMessages; }
   uint64_t getInlineBytes() const { return inlineBytes; }
+  uint64_t getSealedBytes() const { return sealedBytes; }
 
   void release(uint64_t handle);
   // A message read in place is no longer needed. Any thread.
@@ -130,6 +134,8 @@ private:
   uint64_t copiedBytes = 0;
   uint64_t inlineMessages = 0;
   uint64_t inlineBytes = 0;
+  uint64_t sealedBytes = 0;
+  kj::Own<SealedBudget> sealedBudget;
 
   std::mutex foreignMutex;
   kj::Vector<uint64_t> foreignReleases;
@@ -138,7 +144,7 @@ private:
   kj::Array<capnp::word> newCopy(IncomingMessage& message, size_t words);
   PeerRegion& findRegion(uint32_t id);
   kj::ArrayPtr<const byte> resolve(const SegmentEntry& entry);
-  kj::Own<IncomingMessage> takeMessage();
+  kj::Own<IncomingMessage> takeMessage(kj::ArrayPtr<SealedFile> sealed);
   void beginAssembly();
   bool continueAssembly();
   void takeJump();
@@ -162,6 +168,7 @@ public:
   void ownCopy(kj::Array<capnp::word> memory) { copy = kj::mv(memory); }
   void returnCopyTo(kj::Own<BufferPool> newPool) { pool = kj::mv(newPool); }
   // What the segments refer to, and where it goes afterwards.
+  void ownSealed(kj::Own<SealedSegment> segment) { sealed.add(kj::mv(segment)); }
   void readInPlace(kj::Own<Inbox> inbox, uint64_t handle, kj::Vector<kj::Own<PeerRegion>> regions);
 
   kj::ArrayPtr<const capnp::word> getFirstSegment() { return getSegment(0); }
@@ -184,6 +191,7 @@ private:
   kj::Array<kj::ArrayPtr<const capnp::word>> ownSegments;
   kj::Array<capnp::word> copy;
   kj::Maybe<kj::Own<BufferPool>> pool;
+  kj::Vector<kj::Own<SealedSegment>> sealed;
   kj::Vector<kj::Own<PeerRegion>> regions;
   kj::Maybe<kj::Own<Inbox>> inbox;
   uint64_t handle = 0;

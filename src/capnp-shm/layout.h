@@ -74,6 +74,13 @@ constexpr uint MAX_FDS_AHEAD = 64;
 constexpr uint MAX_UNANSWERED_REGIONS = 4;
 // How many announcements of regions may be unanswered.
 
+constexpr uint MAX_SEALED_SEGMENTS = 16;
+// Of one message, and the files for them count as so many messages with file descriptors.
+
+constexpr uint32_t SEALED_SEGMENT = uint32_t(1) << 31;
+// In SegmentEntry::region: not a region, but the sealed segment of this number among those that
+// came with the message. Regions have numbers below that.
+
 constexpr uint64_t headStamp(uint64_t position) { return position << 2 | 1; }
 constexpr uint64_t continuationStamp(uint64_t position) { return position << 2 | 2; }
 // `position` is an absolute line number which starts at the number of lines in the ring, so that
@@ -125,7 +132,8 @@ struct DescriptorHead {
   DescriptorKind kind;
   uint8_t lines;         // Of this descriptor, head included.
   uint16_t segments;     // Of the message, the inline one included.
-  uint16_t fds;          // File descriptors attached; they come in the next `fds` control record.
+  uint16_t fds;          // File descriptors attached, sealed segments' included; they come in the
+                         // next `fds` or `sealed` control record.
   uint16_t inlineWords;  // Of segment 0 in the body; 0 if it is not inline.
 
   uint64_t pack() const {
@@ -144,6 +152,8 @@ struct SegmentEntry {
   uint32_t region;
   uint32_t words;
   uint64_t offset;       // In bytes from the region's start; a multiple of 8.
+
+  bool isSealed() const { return (region & SEALED_SEGMENT) != 0; }
 
   static constexpr uint WORDS = 2;
   uint64_t packFirst() const { return uint64_t(region) | uint64_t(words) << 32; }

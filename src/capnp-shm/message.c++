@@ -95,6 +95,13 @@ kj::ArrayPtr<word> OutgoingMessage::allocateSegment(uint minimumSize) {
         // Grow as MallocMessageBuilder does, by the total so far.
         size = kj::max(size, totalWords);
       }
+      KJ_IF_MAYBE(s, (*o)->getSealedSender()) {
+        auto result = sealed.tryAllocate(*s, size * sizeof(word));
+        if (result != nullptr) {
+          totalWords += result.size();
+          return result;
+        }
+      }
       KJ_IF_MAYBE(block, (*o)->tryAllocate(parcel, size * sizeof(word))) {
         auto bytes = block->bytes();
         auto result = kj::arrayPtr(

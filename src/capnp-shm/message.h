@@ -3,6 +3,7 @@
 #pragma once
 
 #include "outbox.h"
+#include "sealed.h"
 #include <capnp/message.h>
 #include <capnp/rpc.capnp.h>
 #include <capnp/rpc.h>
@@ -49,6 +50,9 @@ public:
   kj::Maybe<Parcel&> getParcel();
   // What holds the blocks, if there are any.
 
+  SealedSegments& getSealed() { return sealed; }
+  // Those segments which are built in memfds of their own.
+
   kj::ArrayPtr<const int> getFds() { return fds; }
 
   // implements OutgoingRpcMessage ---------------------------------------------
@@ -66,6 +70,8 @@ private:
   kj::Vector<kj::Array<capnp::word>> heapSegments;
   size_t totalWords = 0;
   Parcel* parcel = nullptr;
+  SealedSegments sealed;
+  // Behind `outbox`, which must outlive it.
   kj::Array<int> fds;
 
   // implements MessageBuilder -------------------------------------------------

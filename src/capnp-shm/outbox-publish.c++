@@ -105,7 +105,7 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
   bool tableInArena = bodyWords + 1 + tableWords > MAX_BODY_WORDS;
   size_t copyWords = tableInArena ? tableWords : 0;
   for (auto& segment: rest) {
-    bool inPlace = false;
+    bool inPlace = message.getSealed().find(segment.begin()) != nullptr;
     KJ_IF_MAYBE(block, message.findBlock(segment.begin())) {
       auto region = findRegion(block->getRegion());
       if (region != nullptr && region->state == Region::MAPPED) {
@@ -190,10 +190,14 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
   for (auto& segment: rest) {
     SegmentEntry entry;
     Arena::Block* own = nullptr;
+    auto sealed = message.getSealed().find(segment.begin());
     KJ_IF_MAYBE(block, message.findBlock(segment.begin())) {
       if (findRegion(block->getRegion())->state == Region::MAPPED) own = block;
     }
-    if (own != nullptr) {
+    KJ_IF_MAYBE(number, sealed) {
+      entry = { *number, uint32_t(segment.size()), 0 };
+      figures.sealedBytes += segment.size() * sizeof(word);
+    } else if (own != nullptr) {
       entry = { own->getRegion(), uint32_t(segment.size()), own->getOffset() };
     } else {
       entry = place(segment);

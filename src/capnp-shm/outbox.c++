@@ -106,6 +106,7 @@ void Outbox::start(const RegionHeader& peer, kj::ArrayPtr<const SharedWord> peer
 void Outbox::stop() {
   peerHeader = nullptr;
   freeRing = nullptr;
+  KJ_IF_MAYBE(s, sealedSender) (*s)->stop();
 }
 
 // =======================================================================================
@@ -349,6 +350,15 @@ kj::Array<word> Outbox::takeScratch(size_t words) {
   auto result = kj::heapArray<word>(words);
   memset(result.begin(), 0, words * sizeof(word));
   return result;
+}
+
+void Outbox::allowSealed(const SealedLimits& limits) {
+  sealedSender = kj::heap<SealedSender>(limits);
+}
+
+kj::Maybe<SealedSender&> Outbox::getSealedSender() {
+  KJ_IF_MAYBE(s, sealedSender) return **s;
+  return nullptr;
 }
 
 void Outbox::returnScratch(kj::Array<word>&& scratch, size_t dirtyWords) {

@@ -6,6 +6,7 @@
 #include "foreign-wake.h"
 #include "memfd.h"
 #include "ring.h"
+#include "sealed.h"
 #include <capnp/common.h>
 #include <kj/debug.h>
 #include <kj/mutex.h>
@@ -148,6 +149,12 @@ public:
   void returnScratch(kj::Array<capnp::word>&& scratch, size_t dirtyWords);
   // Zeroed private memory for first segments, kept warm.
 
+  void allowSealed(const SealedLimits& limits);
+  // The peer accepts sealed segments.
+
+  kj::Maybe<SealedSender&> getSealedSender();
+  // Null as long as large segments are built like others.
+
   // -------------------------------------------------------------------
   // Publishing
 
@@ -174,6 +181,7 @@ public:
     uint64_t inlineMessages = 0, inlineBytes = 0;
     uint64_t referencedMessages = 0, referencedBytes = 0;
     uint64_t copiedBytes = 0;
+    uint64_t sealedBytes = 0;
   };
   const Figures& getFigures() const { return figures; }
   uint getRegionCount() const;
@@ -236,6 +244,7 @@ private:
   kj::Vector<kj::Own<Parcel>> parcels;
   kj::Vector<Parcel*> spareParcels;
   kj::Vector<kj::Array<capnp::word>> scratches;
+  kj::Maybe<kj::Own<SealedSender>> sealedSender;
 
   kj::Maybe<DescriptorProducer> ring;
   Arena::Block* ringBlock = nullptr;  // Where the ring lies; null for the first, before the arena.

@@ -62,6 +62,25 @@ struct SharedMemoryOptions {
   // 32 answers, at most. Never used on a single CPU. If connections on one loop differ, the longest
   // counts.
 
+  size_t sealedThresholdBytes = 0;
+  // Segments of messages of at least this size, in bytes, get a file of their own that is sealed
+  // against writing before the peer gets it, so that also a peer which does not trust us reads them
+  // without copying. 0 for never, and then this side does not accept them either; they are sent if
+  // both sides accept them. (A side with `trustPeer` has no need to accept them, but sends them.)
+  //
+  // Making and sealing a file costs more than copying warm memory, and several system calls, so
+  // this pays only for very large segments, if at all: measure. bench/README.md has figures.
+
+  size_t sealedHeldBytes = 64 * 1024 * 1024;
+  // How many bytes of the peer's sealed segments may be mapped at a time, in the messages which
+  // the application holds. Segments beyond that are copied, as if they were not sealed.
+
+  uint64_t sealedTotalBytes = uint64_t(1024) * 1024 * 1024;
+  // How many bytes of sealed segments the peer is given, in all, as long as the connection lives. A
+  // peer can keep each of them without telling, while it counts as memory of this process. Once
+  // they are spent, messages are sent as if segments could not be sealed. Without limit if
+  // `trustPeer`.
+
   bool requireSharedMemory = false;
   // If the connection cannot use shared memory, fail it (type FAILED, with the reason) instead of
   // going on as a plain two-party stream.
@@ -113,6 +132,9 @@ struct DirectionStats {
   uint64_t copiedBytes = 0;
   // Payload copied by this side: out of shared memory when receiving, or from heap memory into
   // shared memory when sending.
+
+  uint64_t sealedBytes = 0;
+  // Payload in sealed segments, which this side did not copy.
 
   uint64_t socketMessages = 0;
   uint64_t socketMessageBytes = 0;
