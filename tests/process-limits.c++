@@ -47,7 +47,7 @@ void denyMemfd() {
   install(filter);
 }
 
-void denyMap() {
+void denyMap(uint32_t type) {
 #ifdef __NR_mmap2
   constexpr uint32_t CALL = __NR_mmap2;
 #else
@@ -60,7 +60,7 @@ void denyMap() {
     BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, PROT_READ, 0, 4),
     BPF_STMT(BPF_LD | BPF_W | BPF_ABS, argument(3)),
     BPF_STMT(BPF_ALU | BPF_AND | BPF_K, MAP_TYPE),
-    BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, MAP_SHARED, 0, 1),
+    BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, type, 0, 1),
     BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOMEM),
     BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
   };
@@ -86,7 +86,9 @@ void deny(kj::StringPtr what) {
   if (what == "memfd") {
     denyMemfd();
   } else if (what == "map") {
-    denyMap();
+    denyMap(MAP_SHARED);
+  } else if (what == "private-map") {
+    denyMap(MAP_PRIVATE);
   } else if (what == "files") {
     denyFiles();
   } else {
