@@ -180,6 +180,10 @@ void HostileTest::run(const Misdeed& misdeed) {
     context.port = &io.unixEventPort;
     context.options.trustPeer = trust;
     context.options.maxBytes = 4 << 20;
+    if (misdeed.acceptSealed) {
+      if (trust) continue;
+      context.options.sealedThresholdBytes = 16 * 1024;
+    }
     {
       SCOPED_TRACE("network");
       runAgainstNetwork(misdeed, context);

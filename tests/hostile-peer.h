@@ -111,6 +111,8 @@ struct Misdeed {
   bool plain = false;
   // What it breaks is the plain stream, on which, as with TwoPartyVatNetwork, nobody who got an
   // exception reads again.
+  bool acceptSealed = false;
+  // Whether the victim, who does not trust it then, accepts sealed segments.
 };
 
 inline void PrintTo(const Misdeed& misdeed, std::ostream* out) { *out << misdeed.name; }
