@@ -18,6 +18,8 @@ EndMode end(Side side, bool trust, bool port, bool small = false) {
   return { EndMode::CONTEXT, side, trust, port, small };
 }
 
+EndMode sealing(Side side) { return { EndMode::CONTEXT, side, false, true, false, true }; }
+
 std::vector<Mode> makeModes() {
   constexpr auto C = Side::CLIENT;
   constexpr auto S = Side::SERVER;
@@ -37,6 +39,7 @@ std::vector<Mode> makeModes() {
     { "ClientClient", end(DROP_IN, C), end(DROP_IN, C), SOCKET, SHARED },
     { "Small", end(C, false, true, true), end(S, false, true, true), SOCKET, SHARED },
     { "SmallTrusted", end(C, true, true, true), end(S, true, true, true), SOCKET, SHARED },
+    { "Sealed", sealing(C), sealing(S), SOCKET, SHARED },
     { "TwoPartyClient", end(TWO_PARTY, C), end(DROP_IN, S), SOCKET, PLAIN },
     { "TwoPartyServer", end(DROP_IN, C), end(TWO_PARTY, S), SOCKET, PLAIN },
     { "ServerServer", end(DROP_IN, S), end(DROP_IN, S), SOCKET, PLAIN },
@@ -89,6 +92,7 @@ Network::Network(const EndMode& mode, kj::UnixEventPort& port, kj::AsyncIoStream
       SharedMemoryContext context;
       if (mode.port) context.port = &port;
       context.options.trustPeer = mode.trust;
+      if (mode.sealed) context.options.sealedThresholdBytes = 16 * 1024;
       if (mode.small) {
         context.options.firstRegionBytes = 16 * 1024;
         context.options.maxBytes = 64 * 1024;

@@ -36,6 +36,8 @@ struct EndMode {
   bool port = false;
   bool small = false;
   // So little shared memory that every large message, and many small ones, must wait for room.
+  bool sealed = false;
+  // Segments of 16 KiB and more are sealed.
 };
 
 enum class StreamKind {
