@@ -117,6 +117,7 @@ private:
       bool isParam = caseName.startsWith("param");
       for (uint64_t bytes: sizes(caseName)) {
         auto& job = add(caseName, payloadTransports(isParam), payload(bytes));
+        if (bytes >= 64 * KIB) job.transports.push_back("sealed");
         addPeers(job);
         if (brief) {
           job.warmUpSeconds = 0.01;

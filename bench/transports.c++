@@ -16,6 +16,9 @@ using capnp::rpc::twoparty::VatId;
 
 constexpr uint SPIN_MICROSECONDS = 50;
 
+constexpr size_t SEALED_THRESHOLD = 16 * 1024;
+// So low that it is seen where sealing does not pay.
+
 const TransportSpec TRANSPORTS[] = {
   { "twoparty", TransportSpec::TWO_PARTY },
   { "default", TransportSpec::CONTEXT },
@@ -24,6 +27,7 @@ const TransportSpec TRANSPORTS[] = {
   { "copy-nospin", TransportSpec::CONTEXT, false, 0u },
   { "inplace-spin", TransportSpec::CONTEXT, true, SPIN_MICROSECONDS },
   { "inplace-nospin", TransportSpec::CONTEXT, true, 0u },
+  { "sealed", TransportSpec::CONTEXT, false, nullptr, SEALED_THRESHOLD },
   { "in-process", TransportSpec::IN_PROCESS },
   { "cache-line", TransportSpec::RAW },
   { "eventfd", TransportSpec::RAW },
@@ -109,6 +113,10 @@ kj::Own<Link> newLink(const TransportSpec& transport, kj::AsyncIoContext& io,
       SharedMemoryContext context;
       context.port = &io.unixEventPort;
       context.options.trustPeer = transport.trustPeer;
+      context.options.sealedThresholdBytes = transport.sealedThresholdBytes;
+      // Without limit, or it would be measured how the limit is reached.
+      context.options.sealedHeldBytes = kj::maxValue;
+      context.options.sealedTotalBytes = kj::maxValue;
       KJ_IF_MAYBE(spin, transport.spinMicroseconds) context.options.spinMicroseconds = *spin;
       return kj::heap<NetworkLink<SharedMemoryVatNetwork>>(
           kj::mv(stream), side, kj::mv(bootstrap), context);

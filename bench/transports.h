@@ -27,6 +27,7 @@ struct TransportSpec {
   Kind kind;
   bool trustPeer = false;
   kj::Maybe<uint> spinMicroseconds = nullptr;  // Otherwise the default.
+  size_t sealedThresholdBytes = 0;
 
   bool isShared() const { return kind == DROP_IN || kind == CONTEXT; }
   bool hasServer() const { return kind != IN_PROCESS && kind != RAW; }
