@@ -40,7 +40,8 @@ Resources resourcesOf(pid_t pid) {
 // =======================================================================================
 
 PeerProcess::PeerProcess(
-    kj::ArrayPtr<const int> sockets, std::vector<std::string> arguments) {
+    kj::ArrayPtr<const int> sockets, std::vector<std::string> arguments, const char* program) {
+  if (program == nullptr) program = PROCESS_PEER;
   int pair[2];
   KJ_SYSCALL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
   report = kj::AutoCloseFd(pair[0]);
@@ -55,7 +56,7 @@ PeerProcess::PeerProcess(
   KJ_REQUIRE(address != MAP_FAILED, strerror(errno));
   progress = reinterpret_cast<Progress*>(address);
 
-  std::vector<char*> argv { const_cast<char*>(PROCESS_PEER) };
+  std::vector<char*> argv { const_cast<char*>(program) };
   for (auto& argument: arguments) argv.push_back(&argument[0]);
   argv.push_back(nullptr);
   std::vector<int> inherited { helpers.get(), memory.get() };
@@ -68,7 +69,7 @@ PeerProcess::PeerProcess(
     for (size_t i = 0; i < inherited.size(); i++) {
       if (dup2(inherited[i], REPORT_FD + int(i)) < 0) _exit(126);
     }
-    execv(PROCESS_PEER, argv.data());
+    execv(program, argv.data());
     _exit(127);
   }
 }

@@ -55,7 +55,9 @@ class PeerProcess {
   // The helper program, in a process of its own. Killed and waited for by the destructor.
 
 public:
-  PeerProcess(kj::ArrayPtr<const int> sockets, std::vector<std::string> arguments);
+  PeerProcess(kj::ArrayPtr<const int> sockets, std::vector<std::string> arguments,
+              const char* program = nullptr);
+  // `program` is for a test with a helper of its own, which must expect the same descriptors.
   ~PeerProcess() noexcept(false);
   KJ_DISALLOW_COPY(PeerProcess);
 
