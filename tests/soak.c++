@@ -68,7 +68,7 @@ public:
   }
 
   bool run() {
-    uint rounds = std::max(4u, std::min(10u, parameters.seconds / 20));
+    uint rounds = std::max(6u, std::min(10u, parameters.seconds / 20));
     auto before = quiet();
     std::vector<Sample> samples;
     for (uint round = 0; round < rounds; round++) {
