@@ -2,6 +2,7 @@
 
 #include "arena.h"
 
+#include "fault-point.h"
 #include <string.h>
 #include <kj/debug.h>
 
@@ -150,6 +151,7 @@ bool Arena::mergeNeighbours() {
             block->dirty += upper->dirty;
           } else {
             memset(upper->start, 0, upper->dirty);
+            faultPoint();
           }
         }
         block->size += upper->size;
@@ -201,6 +203,7 @@ kj::Maybe<Arena::Block&> Arena::tryAllocate(size_t bytes) {
   }
 
   memset(block.start, 0, block.dirty);
+  faultPoint();
   block.dirty = 0;
   bytesInUse += size;
   if (size >= LARGE_BLOCK) ++largeInUse;
@@ -216,6 +219,7 @@ bool Arena::zeroSome(size_t limit) {
       // From the end, since what lies beyond `dirty` is zero.
       size_t rest = entry->dirty - kj::min(entry->dirty, limit);
       memset(entry->start + rest, 0, entry->dirty - rest);
+      faultPoint();
       entry->dirty = rest;
       return true;
     }

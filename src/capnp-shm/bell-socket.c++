@@ -2,6 +2,7 @@
 
 #include "bell-socket.h"
 
+#include "fault-point.h"
 #include <errno.h>
 #include <sys/socket.h>
 #include <kj/debug.h>
@@ -50,6 +51,7 @@ private:
 BellSocket::BellSocket() {
   int fds[2];
   KJ_SYSCALL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));
+  faultPoint();
   ownEnd = kj::AutoCloseFd(fds[0]);
   peersEnd = kj::AutoCloseFd(fds[1]);
 }
@@ -58,8 +60,10 @@ bool BellSocket::ring() {
   kj::byte bell = 0;
   ssize_t n;
   do {
+    faultPoint();
     n = send(ownEnd, &bell, sizeof(bell), MSG_DONTWAIT | MSG_NOSIGNAL);
   } while (n < 0 && errno == EINTR);
+  faultPoint();
   return n == sizeof(bell);
 }
 

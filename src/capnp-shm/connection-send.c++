@@ -2,6 +2,7 @@
 
 #include "connection.h"
 
+#include "fault-point.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -31,9 +32,11 @@ bool isHungUp(int socket) {
   // Whether the peer has closed its end; not if it has only shut it down for writing.
   pollfd request { socket, 0, 0 };
   int n;
+  faultPoint();
   do {
     n = poll(&request, 1, 0);
   } while (n < 0 && errno == EINTR);
+  faultPoint();
   return n > 0 && (request.revents & POLLHUP) != 0;
 }
 
@@ -46,7 +49,9 @@ kj::Array<kj::AutoCloseFd> duplicate(kj::ArrayPtr<const int> fds) {
   if (fds.size() == 0) return nullptr;  // Saves an allocation of no bytes.
   return KJ_MAP(fd, fds) -> kj::AutoCloseFd {
     int copy;
+    faultPoint();
     KJ_SYSCALL(copy = fcntl(fd, F_DUPFD_CLOEXEC, 0), "cannot send a file descriptor", fd);
+    faultPoint();
     return kj::AutoCloseFd(copy);
   };
 }
@@ -318,9 +323,11 @@ void SharedMemoryConnection::ringPeer() {
   // A full socket buffer means that there are bells in it already. Any other error is for the
   // read side to find.
   ssize_t n;
+  faultPoint();
   do {
     n = ::send(socket, &BELL, sizeof(BELL), MSG_DONTWAIT | MSG_NOSIGNAL);
   } while (n < 0 && errno == EINTR);
+  faultPoint();
 }
 
 kj::Promise<void> SharedMemoryConnection::shutdown() {

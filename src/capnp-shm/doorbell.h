@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "fault-point.h"
 #include "layout.h"
 #include "ring.h"
 
@@ -29,6 +30,7 @@ public:
     // Relaxed: ordered before the caller's check by the fence, which pairs with that in
     // PeerSleepWord::mustRing().
     word.store(++epoch << SLEEP_EPOCH_SHIFT | interests, std::memory_order_relaxed);
+    faultPoint();
     fullFence();
     return true;
   }
@@ -38,6 +40,7 @@ public:
     if (armed == 0) return;
     armed = 0;
     word.store(++epoch << SLEEP_EPOCH_SHIFT, std::memory_order_relaxed);
+    faultPoint();
   }
 
   bool isArmed() const { return armed != 0; }

@@ -2,6 +2,7 @@
 
 #include "event-bell.h"
 
+#include "fault-point.h"
 #include <errno.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -13,7 +14,9 @@ namespace {
 
 kj::AutoCloseFd newEventFd() {
   int fd;
+  faultPoint();
   KJ_SYSCALL(fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  faultPoint();
   return kj::AutoCloseFd(fd);
 }
 
@@ -55,9 +58,11 @@ void EventBell::ring() {
   // otherwise.
   uint64_t one = 1;
   ssize_t n;
+  faultPoint();
   do {
     n = write(fd, &one, sizeof(one));
   } while (n < 0 && errno == EINTR);
+  faultPoint();
 }
 
 kj::Own<EventBellListener> EventBellListener::newListener(

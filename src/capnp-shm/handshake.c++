@@ -2,6 +2,7 @@
 
 #include "handshake.h"
 
+#include "fault-point.h"
 #include "layout.h"
 #include <errno.h>
 #include <sys/random.h>
@@ -45,10 +46,12 @@ bool isEchoOfOffer(capnp::AnyPointer::Reader body, uint64_t nonce) {
 uint64_t newNonce() {
   uint64_t result;
   ssize_t n;
+  faultPoint();
   do {
     n = getrandom(&result, sizeof(result), 0);
   } while (n < 0 && errno == EINTR);
   KJ_ASSERT(n == ssize_t(sizeof(result)), "getrandom() failed");
+  faultPoint();
   return result;
 }
 

@@ -2,6 +2,7 @@
 
 #include "inbox.h"
 
+#include "fault-point.h"
 #include <algorithm>
 #include <string.h>
 #include <kj/debug.h>
@@ -364,6 +365,7 @@ bool Inbox::publishConsumed(bool force) {
   // Release: pairs with the acquire loads in Outbox. Our reads of the lines and of the blocks that
   // were copied come before it.
   outbox->getHeader().consumed.store(position, std::memory_order_release);
+  faultPoint();
   publishedPosition = position;
   consumedBytes = 0;
   return true;

@@ -2,6 +2,7 @@
 
 #include "memfd.h"
 
+#include "fault-point.h"
 #include <atomic>
 #include <errno.h>
 #include <fcntl.h>
@@ -48,6 +49,7 @@ constexpr int REQUIRED_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 
 int createMemfd() {
   // MFD_NOEXEC_SEAL is known since Linux 6.3; an older kernel refuses unknown flags with EINVAL.
+  faultPoint();
   int fd = memfd_create("capnp-shm", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
   if (fd < 0 && errno == EINVAL) {
     fd = memfd_create("capnp-shm", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -55,6 +57,7 @@ int createMemfd() {
   if (fd < 0) {
     KJ_FAIL_SYSCALL("memfd_create()", errno, "cannot create shared memory");
   }
+  faultPoint();
   return fd;
 }
 
@@ -74,7 +77,9 @@ Mapping::Mapping(Mapping&& other)
 
 Mapping::~Mapping() noexcept(false) {
   if (range.size() > 0 && generation == forkGeneration()) {
+    faultPoint();
     KJ_SYSCALL(munmap(range.begin(), range.size())) { break; }
+    faultPoint();
   }
 }
 
@@ -85,6 +90,7 @@ kj::AutoCloseFd newMemfd(size_t bytes) {
 
   kj::AutoCloseFd fd(createMemfd());
   KJ_SYSCALL(ftruncate(fd, bytes), "cannot size shared memory", bytes);
+  faultPoint();
 
   // Allocated whole: a hole that the peer reads would be charged to the peer.
   int error;
@@ -102,26 +108,32 @@ void keepToThisProcess(kj::ArrayPtr<kj::byte> mapped) {
   // need not hold the payload twice.
   ensureAtForkRegistered();
   KJ_SYSCALL(madvise(mapped.begin(), mapped.size(), MADV_DONTFORK));
+  faultPoint();
   KJ_SYSCALL(madvise(mapped.begin(), mapped.size(), MADV_DONTDUMP));
+  faultPoint();
 }
 
 void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
+  faultPoint();
   int seals = fcntl(fd, F_GET_SEALS);
   if (seals < 0) {
     int error = errno;
     KJ_FAIL_REQUIRE("peer sent as shared memory a file that cannot be sealed", strerror(error));
   }
+  faultPoint();
   KJ_REQUIRE((seals & requiredSeals) == requiredSeals,
       "peer sent shared memory without the seals that it must have", seals, requiredSeals);
 
   struct statfs fs;
   KJ_SYSCALL(fstatfs(fd, &fs));
+  faultPoint();
   // A hugetlb memfd can be sealed too, but touching it may raise SIGBUS when the pool is empty.
   KJ_REQUIRE(fs.f_type == TMPFS_MAGIC,
       "peer sent shared memory that is not an ordinary memfd", uint64_t(fs.f_type));
 
   struct stat stats;
   KJ_SYSCALL(fstat(fd, &stats));
+  faultPoint();
   KJ_REQUIRE(uint64_t(stats.st_size) == announcedBytes,
       "peer sent shared memory of another size than it announced", stats.st_size, announcedBytes);
   KJ_REQUIRE(uint64_t(stats.st_blocks) * 512 >= announcedBytes,
@@ -130,17 +142,20 @@ void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
 
 OwnRegion createRegion(size_t bytes) {
   auto fd = newMemfd(bytes);
+  faultPoint();
 
   void* begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (begin == MAP_FAILED) {
     KJ_FAIL_SYSCALL("mmap()", errno, "cannot map shared memory", bytes);
   }
+  faultPoint();
   Mapping mapping(reinterpret_cast<kj::byte*>(begin), bytes);
   keepToThisProcess(mapping.bytes());
 
   // After our own writable mapping, which FUTURE_WRITE leaves alone.
   KJ_SYSCALL(fcntl(fd, F_ADD_SEALS, REQUIRED_SEALS | F_SEAL_SEAL),
       "cannot seal shared memory; F_SEAL_FUTURE_WRITE needs Linux 5.1");
+  faultPoint();
 
   return { kj::mv(fd), kj::mv(mapping) };
 }
@@ -161,6 +176,7 @@ Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes) {
     kj::throwFatalException(KJ_EXCEPTION(OVERLOADED, "cannot map the peer's shared memory",
         strerror(error), announcedBytes));
   }
+  faultPoint();
   Mapping mapping(reinterpret_cast<kj::byte*>(begin), announcedBytes);
   keepToThisProcess(mapping.bytes());
   return mapping;

@@ -2,6 +2,7 @@
 
 #include "outbox.h"
 
+#include "fault-point.h"
 #include "message.h"
 #include <string.h>
 #include <kj/debug.h>
@@ -58,6 +59,7 @@ void Outbox::tryGrowRing() {
     SegmentEntry target { region->id, uint32_t(bytes / sizeof(word)), block->getOffset() };
     r.jump(target, kj::arrayPtr(
         reinterpret_cast<DescriptorLine*>(block->bytes().begin()), lines));
+    faultPoint();
     if (ringBlock != nullptr) inFlight.push_back({ r.getPosition(), nullptr, ringBlock, oldBytes, 0 });
     ringBlock = block;
     timesFull = 0;
@@ -168,6 +170,7 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
   auto place = [&](kj::ArrayPtr<const word> words) {
     SegmentEntry entry { copyRegion, uint32_t(words.size()), copyOffset };
     memcpy(copyPosition, words.begin(), words.size() * sizeof(word));
+    faultPoint();
     copyPosition += words.size() * sizeof(word);
     copyOffset += words.size() * sizeof(word);
     figures.copiedBytes += words.size() * sizeof(word);
@@ -203,7 +206,9 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
       entry = place(segment);
     }
     *table++ = entry.packFirst();
+    faultPoint();
     *table++ = entry.offset;
+    faultPoint();
   }
 
   r.publish(head, kj::arrayPtr(body, bodyWords));
@@ -270,7 +275,10 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     auto place = findPlace(bytes, bytes);
     if (place.bytes == nullptr) return false;
     auto table = reinterpret_cast<uint64_t*>(place.bytes.begin());
-    for (size_t i = 0; i < segments.size(); i++) table[i] = segments[i].size();
+    for (size_t i = 0; i < segments.size(); i++) {
+      table[i] = segments[i].size();
+      faultPoint();
+    }
     publish({ DescriptorKind::BEGIN, 0, uint16_t(segments.size()), uint16_t(fdCount), 0 },
         place, segments.size());
     progress = Progress { true, kj::heapArray(segments), 0, 0 };
@@ -292,6 +300,7 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     if (place.bytes == nullptr) return false;
     size_t words = kj::min(wanted, place.bytes.size()) / sizeof(word);
     memcpy(place.bytes.begin(), segment.begin() + progress.word, words * sizeof(word));
+    faultPoint();
     publish({ DescriptorKind::PART, 0, 0, 0, 0 }, place, words);
     progress.word += words;
   }

@@ -2,6 +2,7 @@
 
 #include "outbox.h"
 
+#include "fault-point.h"
 #include <string.h>
 #include <unistd.h>
 #include <kj/debug.h>
@@ -83,6 +84,7 @@ void Outbox::writeHeader(uint32_t version) {
   // Relaxed: published by the release store of the magic.
   auto set = [](SharedWord& word, uint64_t value) {
     word.store(value, std::memory_order_relaxed);
+    faultPoint();
   };
   set(header.version, version);
   set(header.regionBytes, regions[0]->bytes);
@@ -94,6 +96,7 @@ void Outbox::writeHeader(uint32_t version) {
   set(header.consumed, FIRST_RING_LINES);
   // Release: pairs with the acquire load in Inbox's constructor.
   header.magic.store(REGION_MAGIC, std::memory_order_release);
+  faultPoint();
 }
 
 void Outbox::start(const RegionHeader& peer, kj::ArrayPtr<const SharedWord> peerFreeRing) {
@@ -217,6 +220,7 @@ void Outbox::retireUnused() {
         if (!r.hasRoom(1)) return;
         uint64_t body[] = { region.id };
         r.publish({ DescriptorKind::RETIRE, 0, 0, 0, 0 }, body);
+        faultPoint();
         arena.removeRange(region.id);
       }
       retiredBytes += region.bytes;

@@ -2,6 +2,7 @@
 
 #include "ring.h"
 
+#include "fault-point.h"
 #include <kj/debug.h>
 
 #if defined(__has_feature)
@@ -66,19 +67,24 @@ void DescriptorProducer::write(DescriptorHead head, kj::ArrayPtr<const uint64_t>
     uint start = bodyCapacity(i);
     uint end = kj::min(start + CONTINUATION_BODY_WORDS, uint(body.size()));
     target.stamp.store(continuationStamp(position + i), std::memory_order_relaxed);
+    faultPoint();
     for (uint j = start; j < end; j++) {
       target.words[j - start].store(body[j], std::memory_order_relaxed);
+      faultPoint();
     }
   }
 
   auto& target = line(position);
   target.words[0].store(head.pack(), std::memory_order_relaxed);
+  faultPoint();
   for (uint j = 0; j < kj::min(HEAD_BODY_WORDS, uint(body.size())); j++) {
     target.words[1 + j].store(body[j], std::memory_order_relaxed);
+    faultPoint();
   }
 
   // Release: pairs with the acquire load of the stamp in DescriptorConsumer.
   target.stamp.store(headStamp(position), std::memory_order_release);
+  faultPoint();
   position += lineCount;
 }
 
@@ -155,9 +161,11 @@ FreeProducer::FreeProducer(kj::ArrayPtr<SharedWord> entries, SharedWord& freed)
 void FreeProducer::push(uint64_t handle) {
   // Relaxed: published by the release store below.
   entries[count & (entries.size() - 1)].store(handle, std::memory_order_relaxed);
+  faultPoint();
   ++count;
   // Release: pairs with the acquire loads in FreeConsumer. Our reads of the block come before.
   freed.store(count, std::memory_order_release);
+  faultPoint();
 }
 
 FreeConsumer::FreeConsumer(kj::ArrayPtr<const SharedWord> entries, const SharedWord& freed)
