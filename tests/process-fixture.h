@@ -43,12 +43,17 @@ constexpr int PROGRESS_FD = 4;
 constexpr int SOCKET_FD = 5;  // And following.
 
 using Progress = std::atomic<uint64_t>[8];
-// Memory that the helper writes and the test reads, also when the helper is dead.
+// Memory that the helper writes and the test reads, also when the helper is dead; or the other way.
 
 enum : kj::uint {
   FLUSHED = 0,        // Messages which the helper sent and which left its process.
   FORWARD_BYTES = 1,  // What a proxy forwarded from its first socket to its second,
-  BACKWARD_BYTES = 2  // and back.
+  BACKWARD_BYTES = 2, // and back.
+  FAULT_STEPS = 3,    // How many fault points a program that has them has passed.
+  PUBLISHED = 4,      // Messages which it has sent and the peer must get, whatever happens,
+  BEGUN = 5,          // and those which the peer may get.
+  MONOTONIC_JUMP = 6, // By how many seconds the clocks of a program are wrong that looks here; the
+  REALTIME_JUMP = 7   // test sets it.
 };
 
 class PeerProcess {
@@ -76,6 +81,7 @@ public:
   // For its end: the exit code, or minus the signal that killed it.
 
   uint64_t getProgress(kj::uint index) const { return (*progress)[index].load(); }
+  void setProgress(kj::uint index, uint64_t value) { (*progress)[index].store(value); }
   pid_t getPid() const { return pid; }
 
 private:

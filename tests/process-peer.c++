@@ -1,19 +1,13 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
-// The other process of the tests between processes. `process-peer ROLE [KEY=VALUE...]`, started by
-// PeerProcess (process-fixture.h), which says what it inherits.
+// The other process of the tests between processes.
 
-#include "process-fixture.h"
+#include "peer-program.h"
 #include "process-limits.h"
 
 #include <fcntl.h>
-#include <map>
 #include <poll.h>
 #include <signal.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -27,30 +21,6 @@ using conformance::Root;
 using conformance::RootImpl;
 using conformance::ServerState;
 using kj::uint;
-
-std::map<std::string, std::string> arguments;
-
-std::string argument(const char* name, const char* otherwise = "") {
-  auto found = arguments.find(name);
-  return found == arguments.end() ? otherwise : found->second;
-}
-bool isSet(const char* name) { return argument(name) == "1"; }
-uint64_t numberOf(const char* name) { return strtoull(argument(name, "0").c_str(), nullptr, 10); }
-
-void report(kj::StringPtr text) {
-  auto line = kj::str(text, '\n');
-  KJ_SYSCALL(write(REPORT_FD, line.begin(), line.size()));
-}
-
-Progress& progress() {
-  static Progress* const result = []() {
-    void* address = mmap(
-        nullptr, sizeof(Progress), PROT_READ | PROT_WRITE, MAP_SHARED, PROGRESS_FD, 0);
-    KJ_REQUIRE(address != MAP_FAILED, strerror(errno));
-    return reinterpret_cast<Progress*>(address);
-  }();
-  return *result;
-}
 
 class Peer {
   // One end of a connection, as the command line wants it.
@@ -100,8 +70,7 @@ public:
       if (poll(&waiting, 1, 0) == 1) break;
       pause();
     }
-    char c;
-    KJ_SYSCALL(read(REPORT_FD, &c, 1));
+    process::awaitProceed();
   }
 
   kj::AsyncIoContext io;
@@ -330,14 +299,5 @@ int run(const std::string& role) {
 }  // namespace capnpshm
 
 int main(int argc, char** argv) {
-  if (argc < 2) return 2;
-  for (int i = 2; i < argc; i++) {
-    std::string text = argv[i];
-    auto equals = text.find('=');
-    capnpshm::process::arguments[text.substr(0, equals)] =
-        equals == std::string::npos ? "1" : text.substr(equals + 1);
-  }
-  // So that it does not outlive a test that crashed.
-  prctl(PR_SET_PDEATHSIG, SIGKILL);
-  return capnpshm::process::run(argv[1]);
+  return capnpshm::process::runProgram(argc, argv, &capnpshm::process::run);
 }

@@ -1,0 +1,484 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "fault-workload.h"
+#include "process-fixture.h"
+#include "system-call-tracer.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <iostream>
+#include <linux/memfd.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+// System calls of a process fail, or do less than they were asked to, one at a time or all of a
+// kind; each with what is to come of it. Whatever it is: no hang, no crash, nothing left over,
+// another connection of the same process works on, and what failed is said.
+//
+// By default one case each of first and later calls; CAPNP_SHM_ALL_FAULTS=1 makes every single call
+// of the kind fail in turn.
+
+namespace capnpshm {
+namespace process {
+namespace {
+
+using conformance::End;
+using conformance::Root;
+using conformance::RootImpl;
+using kj::uint;
+
+constexpr uint EVERY = 0;
+
+enum class Outcome {
+  WORKS,            // In shared memory, all results are right.
+  STAYS_PLAIN,      // So they are, and it says why it is plain.
+  LOSES_FDS,        // File descriptors do not arrive, all else does.
+  CALL_FAILS,       // The call that needed it, and says why; the connection goes on.
+  CONNECTION_FAILS  // The process learns why, its peer that it is disconnected.
+};
+
+enum class Effect {
+  FAIL,             // With `error`.
+  SHORT,            // A single byte is read or written.
+  NO_FDS            // Received file descriptors are cut off, as at the limit for open files.
+};
+
+using Filter = bool (*)(const SystemCall&);
+
+struct Fault {
+  const char* name;
+  Filter matches;
+  Effect effect;
+  std::vector<int> errors;
+  Phase phase;
+  uint count;           // How many calls of the phase, from its first one on; or EVERY.
+  Outcome outcome;
+  const char* reason;   // In the words of the process, if it has to say one.
+  enum { BOTH, TRUSTED, UNTRUSTED } trust = BOTH;
+};
+
+inline void PrintTo(const Fault& fault, std::ostream* out) { *out << fault.name; }
+
+bool onSocket(const SystemCall& call) { return call.arguments[0] == SOCKET_FD; }
+bool isMemfd(const SystemCall& call) { return call.number == SYS_memfd_create; }
+bool isMemfdWithNoexec(const SystemCall& call) {
+  return isMemfd(call) && (call.arguments[1] & ~uint64_t(MFD_CLOEXEC | MFD_ALLOW_SEALING)) != 0;
+}
+bool isTruncate(const SystemCall& call) { return call.number == SYS_ftruncate; }
+bool isAllocate(const SystemCall& call) { return call.number == SYS_fallocate; }
+bool isMapping(const SystemCall& call, int protection) {
+  return call.number == SYS_mmap && int(call.arguments[2]) == protection &&
+      (call.arguments[3] & MAP_TYPE) == MAP_SHARED;
+}
+bool isOwnMapping(const SystemCall& call) { return isMapping(call, PROT_READ | PROT_WRITE); }
+bool isPeersMapping(const SystemCall& call) { return isMapping(call, PROT_READ); }
+bool isAdvice(const SystemCall& call) {
+  return call.number == SYS_madvise && call.arguments[2] == MADV_DONTFORK;
+}
+bool isFcntl(const SystemCall& call, uint64_t command) {
+  return call.number == SYS_fcntl && call.arguments[1] == command;
+}
+bool isSealing(const SystemCall& call) { return isFcntl(call, F_ADD_SEALS); }
+bool isSealCheck(const SystemCall& call) { return isFcntl(call, F_GET_SEALS); }
+bool isDuplication(const SystemCall& call) { return isFcntl(call, F_DUPFD_CLOEXEC); }
+bool isFstatfs(const SystemCall& call) { return call.number == SYS_fstatfs; }
+bool isFstat(const SystemCall& call) {
+  return call.number == SYS_fstat ||
+      (call.number == SYS_newfstatat && (call.arguments[3] & AT_EMPTY_PATH) != 0);
+}
+bool isGetrandom(const SystemCall& call) { return call.number == SYS_getrandom; }
+bool isEventfd(const SystemCall& call) { return call.number == SYS_eventfd2; }
+bool isSocketBell(const SystemCall& call) { return call.number == SYS_sendto && onSocket(call); }
+bool isEventBell(const SystemCall& call) {
+  return call.number == SYS_write && call.arguments[2] == 8 && call.arguments[0] > 5;
+}
+bool isReceive(const SystemCall& call) { return call.number == SYS_recvmsg && onSocket(call); }
+bool isRead(const SystemCall& call) {
+  return (call.number == SYS_read || call.number == SYS_readv || call.number == SYS_recvmsg) &&
+      onSocket(call);
+}
+bool isWrite(const SystemCall& call) {
+  return (call.number == SYS_write || call.number == SYS_writev || call.number == SYS_sendmsg) &&
+      onSocket(call);
+}
+bool isSocketTransfer(const SystemCall& call) { return isRead(call) || isWrite(call); }
+bool isWait(const SystemCall& call) {
+#ifdef SYS_epoll_wait
+  if (call.number == SYS_epoll_wait) return true;
+#endif
+  return call.number == SYS_epoll_pwait;
+}
+bool isLargeAllocation(const SystemCall& call) {
+  // malloc() for what is large, or of a further arena when it cannot have that.
+  return (call.number == SYS_mmap && (call.arguments[3] & MAP_ANONYMOUS) != 0 &&
+          call.arguments[1] > 128 * 1024) || call.number == SYS_brk;
+}
+
+const char* const CANNOT_MAKE = "this side cannot make shared memory";
+const char* const CANNOT_MAP = "cannot map the peer's shared memory";
+const char* const NO_FDS_PASS = "file descriptors do not pass";
+
+std::vector<Fault> faults() {
+  using O = Outcome;
+  constexpr auto FAIL = Effect::FAIL;
+  constexpr auto S = Phase::SET_UP;
+  constexpr auto G = Phase::GROWTH;
+  constexpr auto Y = Phase::STEADY;
+  return {
+    // Its own memory: at the beginning it does without, later with what it has.
+    { "MemfdRefused", isMemfd, FAIL, { EMFILE, ENFILE, ENOMEM, EPERM, ENOSYS }, S, EVERY,
+      O::STAYS_PLAIN, CANNOT_MAKE },
+    { "MemfdFlagUnknown", isMemfdWithNoexec, FAIL, { EINVAL }, S, EVERY, O::WORKS, "" },
+    { "MemfdRefusedLater", isMemfd, FAIL, { EMFILE, ENFILE, ENOMEM, EPERM }, G, EVERY,
+      O::WORKS, "" },
+    { "TruncateRefused", isTruncate, FAIL, { ENOSPC, ENOMEM, EFBIG, EPERM }, S, EVERY,
+      O::STAYS_PLAIN, CANNOT_MAKE },
+    { "TruncateInterrupted", isTruncate, FAIL, { EINTR }, S, 3, O::WORKS, "" },
+    { "TruncateRefusedLater", isTruncate, FAIL, { ENOSPC, ENOMEM }, G, EVERY, O::WORKS, "" },
+    { "AllocateRefused", isAllocate, FAIL, { ENOSPC, ENOMEM, EPERM }, S, EVERY,
+      O::STAYS_PLAIN, CANNOT_MAKE },
+    { "AllocateInterrupted", isAllocate, FAIL, { EINTR }, S, 3, O::WORKS, "" },
+    { "AllocateInterruptedLater", isAllocate, FAIL, { EINTR }, G, 3, O::WORKS, "" },
+    { "AllocateRefusedLater", isAllocate, FAIL, { ENOSPC, ENOMEM }, G, EVERY, O::WORKS, "" },
+    { "MapRefused", isOwnMapping, FAIL, { ENOMEM, EPERM }, S, EVERY,
+      O::STAYS_PLAIN, CANNOT_MAKE },
+    { "MapRefusedLater", isOwnMapping, FAIL, { ENOMEM }, G, EVERY, O::WORKS, "" },
+    { "SealRefused", isSealing, FAIL, { EINVAL, EPERM }, S, EVERY, O::STAYS_PLAIN, CANNOT_MAKE },
+    { "SealRefusedLater", isSealing, FAIL, { EINVAL }, G, EVERY, O::WORKS, "" },
+    { "AdviceRefused", isAdvice, FAIL, { ENOMEM, EINVAL, EPERM }, S, EVERY, O::STAYS_PLAIN, "" },
+    { "AdviceRefusedLater", isAdvice, FAIL, { ENOMEM, EINVAL, EPERM }, G, EVERY, O::WORKS, "" },
+
+    // The peer's.
+    { "PeersMapRefused", isPeersMapping, FAIL, { ENOMEM, EPERM, EACCES }, S, EVERY,
+      O::STAYS_PLAIN, CANNOT_MAP },
+    { "PeersMapRefusedLater", isPeersMapping, FAIL, { ENOMEM, EPERM }, G, EVERY, O::WORKS, "" },
+    { "SealCheckRefused", isSealCheck, FAIL, { EPERM, ENOSYS }, S, EVERY,
+      O::STAYS_PLAIN, CANNOT_MAP },
+    { "SealCheckRefusedLater", isSealCheck, FAIL, { EPERM }, G, EVERY, O::WORKS, "" },
+    { "FstatfsRefused", isFstatfs, FAIL, { EPERM, ENOSYS, ENOMEM }, S, EVERY,
+      O::STAYS_PLAIN, CANNOT_MAP },
+    { "FstatfsInterrupted", isFstatfs, FAIL, { EINTR }, S, 3, O::WORKS, "" },
+    { "FstatfsRefusedLater", isFstatfs, FAIL, { EPERM }, G, EVERY, O::WORKS, "" },
+    { "FstatRefused", isFstat, FAIL, { EPERM, ENOMEM }, S, EVERY, O::STAYS_PLAIN, CANNOT_MAP },
+    { "FstatRefusedLater", isFstat, FAIL, { EPERM }, G, EVERY, O::WORKS, "" },
+
+    // Set-up otherwise.
+    { "NoRandomNumbers", isGetrandom, FAIL, { ENOSYS, EPERM }, S, EVERY, O::WORKS, "" },
+    { "RandomNumbersInterrupted", isGetrandom, FAIL, { EINTR }, S, 3, O::WORKS, "" },
+    { "NoEventfd", isEventfd, FAIL, { EMFILE, ENFILE, ENOMEM, EPERM }, S, EVERY, O::WORKS, "",
+      Fault::TRUSTED },
+    { "OfferWithoutFds", isReceive, Effect::NO_FDS, {}, S, EVERY, O::STAYS_PLAIN, NO_FDS_PASS },
+
+    // File descriptors of messages and regions.
+    { "RegionsWithoutFds", isReceive, Effect::NO_FDS, {}, G, EVERY, O::LOSES_FDS, "" },
+    { "MessagesWithoutFds", isReceive, Effect::NO_FDS, {}, Y, EVERY, O::LOSES_FDS, "" },
+    { "NoFdForMessage", isDuplication, FAIL, { EMFILE, EPERM }, Y, EVERY, O::CALL_FAILS,
+      "cannot send a file descriptor" },
+
+    // The socket.
+    { "SetUpInterrupted", isSocketTransfer, FAIL, { EINTR }, S, 20, O::WORKS, "" },
+    { "GrowthInterrupted", isSocketTransfer, FAIL, { EINTR }, G, 20, O::WORKS, "" },
+    { "SteadyInterrupted", isSocketTransfer, FAIL, { EINTR }, Y, 20, O::WORKS, "" },
+    { "SetUpByteByByte", isSocketTransfer, Effect::SHORT, {}, S, EVERY, O::WORKS, "" },
+    { "GrowthByteByByte", isSocketTransfer, Effect::SHORT, {}, G, EVERY, O::WORKS, "" },
+    { "SteadyByteByByte", isSocketTransfer, Effect::SHORT, {}, Y, EVERY, O::WORKS, "" },
+    { "ReadFails", isRead, FAIL, { ENOMEM, ENOBUFS, EIO }, S, 1, O::CONNECTION_FAILS, "" },
+    { "ReadFailsLater", isRead, FAIL, { ENOMEM, ENOBUFS, EIO }, G, 1, O::CONNECTION_FAILS, "" },
+    { "WriteFails", isWrite, FAIL, { ENOMEM, ENOBUFS, ETOOMANYREFS }, S, 1,
+      O::CONNECTION_FAILS, "" },
+    { "WriteFailsLater", isWrite, FAIL, { ENOMEM, ENOBUFS, ETOOMANYREFS }, G, 1,
+      O::CONNECTION_FAILS, "" },
+
+    // Bells and waiting.
+    { "BellInterrupted", isSocketBell, FAIL, { EINTR }, Y, 20, O::WORKS, "", Fault::UNTRUSTED },
+    { "BellWithoutMemory", isSocketBell, FAIL, { ENOBUFS, ENOMEM }, Y, EVERY, O::WORKS, "",
+      Fault::UNTRUSTED },
+    { "EventBellInterrupted", isEventBell, FAIL, { EINTR }, Y, 20, O::WORKS, "",
+      Fault::TRUSTED },
+    { "WaitInterrupted", isWait, FAIL, { EINTR }, G, 50, O::WORKS, "" },
+
+    // Private memory for a large message.
+    { "NoMemoryForACopy", isLargeAllocation, FAIL, { ENOMEM }, G, EVERY,
+      O::CONNECTION_FAILS, "" , Fault::UNTRUSTED },
+  };
+}
+
+class Injector {
+  // Lets the calls of a traced process go wrong. One thread sets the phase, another is the tracer's.
+
+public:
+  Injector(const Fault& fault, int error, uint first)
+      : fault(fault), error(error), first(first) {}
+
+  std::atomic<uint> phase { uint(Phase::SET_UP) };
+  std::atomic<uint> hits { 0 };
+  std::atomic<uint> seen { 0 };
+
+  void operator()(StoppedProcess& stopped) {
+    if (stopped.entry) {
+      active = false;
+      if (phase.load() != uint(fault.phase) || !fault.matches(stopped.call)) return;
+      uint number = seen++;
+      if (number < first) return;
+      if (fault.count != EVERY && number >= first + fault.count) return;
+      enter(stopped);
+    } else if (active) {
+      leave(stopped);
+      active = false;
+    }
+  }
+
+private:
+  const Fault& fault;
+  int error;
+  uint first;  // How many calls to leave alone.
+  bool active = false;
+
+  msghdr header;
+  iovec vector;
+  uint64_t vectorAddress = 0;
+
+  void enter(StoppedProcess& stopped) {
+    auto& call = stopped.call;
+    bool isMessage = call.number == SYS_recvmsg || call.number == SYS_sendmsg;
+    vectorAddress = 0;
+    switch (fault.effect) {
+      case Effect::FAIL:
+        stopped.skip();
+        break;
+      case Effect::SHORT:
+        if (call.number == SYS_read || call.number == SYS_write) {
+          if (call.arguments[2] <= 1) return;
+          stopped.setArgument(2, 1);
+        } else {
+          if (isMessage) {
+            header = stopped.read<msghdr>(call.arguments[1]);
+            vectorAddress = reinterpret_cast<uint64_t>(header.msg_iov);
+            if (header.msg_iovlen > 1) {
+              auto changed = header;
+              changed.msg_iovlen = 1;
+              stopped.write(call.arguments[1], changed);
+            }
+          } else {
+            vectorAddress = call.arguments[1];
+            stopped.setArgument(2, 1);
+          }
+          vector = stopped.read<iovec>(vectorAddress);
+          auto changed = vector;
+          changed.iov_len = kj::min(changed.iov_len, size_t(1));
+          stopped.write(vectorAddress, changed);
+        }
+        break;
+      case Effect::NO_FDS:
+        header = stopped.read<msghdr>(call.arguments[1]);
+        if (header.msg_controllen == 0) return;
+        header.msg_controllen = 0;
+        stopped.write(call.arguments[1], header);
+        break;
+    }
+    active = true;
+    ++hits;
+  }
+
+  void leave(StoppedProcess& stopped) {
+    auto& call = stopped.call;
+    if (fault.effect == Effect::FAIL) {
+      stopped.setResult(-error);
+    } else if (fault.effect == Effect::SHORT && vectorAddress != 0) {
+      stopped.write(vectorAddress, vector);
+      if (call.number == SYS_recvmsg || call.number == SYS_sendmsg) {
+        auto changed = stopped.read<msghdr>(call.arguments[1]);
+        changed.msg_iovlen = header.msg_iovlen;
+        stopped.write(call.arguments[1], changed);
+      }
+    }
+  }
+};
+
+class FaultyProcess: public ProcessTest {
+  // The process to which something happens serves our calls, on either side of the connection, and
+  // those of a second connection.
+
+protected:
+  static constexpr uint MAX_FDS = 4;
+
+  struct Result {
+    uint hits = 0;
+    uint seen = 0;
+  };
+
+  Result disturb(const Fault& fault, int error, uint first, bool clientSide) {
+    alarm(120);
+    auto before = resourcesOf();
+    Result result;
+    {
+      Injector injector(fault, error, first);
+      auto pair = newSocketPair();
+      auto steadyPair = newSocketPair();
+      int sockets[] = { pair.peers, steadyPair.peers };
+      // In this order, since its process must be gone before the tracer is.
+      kj::Own<SystemCallTracer> tracer;
+      PeerProcess process(sockets, mode().arguments("serve",
+          { "steady=1", "steadyCalls=4", clientSide ? "side=client" : "side=server" }), FAULT_PEER);
+      pair.peers = nullptr;
+      steadyPair.peers = nullptr;
+      auto steady = newEnd(wrapSocket(io, kj::mv(steadyPair.mine)), Side::CLIENT, false, MAX_FDS);
+      steady->start(nullptr);
+      auto steadyRoot = steady->root();
+      auto checkSteady = [&]() {
+        EXPECT_EQ(0, await(steadyRoot.addRequest().send()).getValue());
+      };
+      for (uint i = 0; i < 4; i++) checkSteady();
+      EXPECT_EQ("at the gate", process.line());
+      tracer = kj::heap<SystemCallTracer>(process.getPid(),
+          [&injector](StoppedProcess& stopped) { injector(stopped); });
+      process.proceed();
+
+      auto end = newEnd(wrapSocket(io, kj::mv(pair.mine)),
+          clientSide ? Side::SERVER : Side::CLIENT, false, MAX_FDS);
+      end->expectNothing();
+      end->start(capnp::Capability::Client(kj::heap<RootImpl>(state)));
+      kj::Vector<kj::Exception> exceptions;
+      SharedMemoryStats stats;
+      {
+        auto root = end->root();
+        for (auto phase: { Phase::SET_UP, Phase::GROWTH, Phase::STEADY }) {
+          injector.phase = uint(phase);
+          bool losesFds = fault.outcome == Outcome::LOSES_FDS && phase == fault.phase;
+          WorkloadSize size;
+          size.fds = !losesFds;
+          auto wait = [&](auto promise) { return await(kj::mv(promise)); };
+          KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+            exercise(root, phase, size, wait);
+            if (losesFds) exerciseFiles(root, wait, false);
+          })) {
+            exceptions.add(kj::mv(*exception));
+          }
+          if (phase == Phase::SET_UP && exceptions.size() == 0) {
+            until([&]() {
+              return KJ_ASSERT_NONNULL(end->network.getStats()).outgoing.transport !=
+                  Transport::STARTING;
+            });
+          }
+          checkSteady();
+        }
+        injector.phase = uint(Phase::END);
+        stats = KJ_ASSERT_NONNULL(end->network.getStats());
+      }
+      end = nullptr;
+      auto transport = process.line();
+      auto failure = process.line();
+      EXPECT_EQ("0 fds 0 regions", process.line());
+      checkSteady();
+      steady->expectTransport(Transport::SHARED_MEMORY);
+      steadyRoot = nullptr;
+      steady = nullptr;
+      tracer->join();
+      EXPECT_EQ(0, process.wait());
+      state.slow.clear();
+      turn();
+
+      result = { injector.hits, injector.seen };
+      if (result.hits > 0) expect(fault, exceptions, stats, transport, failure);
+    }
+    EXPECT_EQ(before, resourcesOf());
+    EXPECT_EQ(0, state.items);
+    alarm(0);
+    return result;
+  }
+
+private:
+  void expect(const Fault& fault, kj::ArrayPtr<kj::Exception> exceptions,
+              const SharedMemoryStats& stats, const std::string& transport,
+              const std::string& failure) {
+    auto has = [&](const std::string& text) {
+      return text.find(fault.reason) != std::string::npos;
+    };
+    auto all = kj::str("helper: ", transport.c_str(), "; ", failure.c_str());
+    std::string context = all.cStr();
+    for (auto& exception: exceptions) context += kj::str("; ", exception).cStr();
+    auto shared = kj::str(int(Transport::SHARED_MEMORY), ' ', int(Transport::SHARED_MEMORY), ' ');
+    auto plain = kj::str(int(Transport::PLAIN), ' ', int(Transport::PLAIN), ' ');
+    switch (fault.outcome) {
+      case Outcome::WORKS:
+      case Outcome::LOSES_FDS:
+        EXPECT_EQ(0, exceptions.size()) << context;
+        EXPECT_EQ(0, transport.find(shared.cStr())) << context;
+        EXPECT_EQ(Transport::SHARED_MEMORY, stats.outgoing.transport);
+        break;
+      case Outcome::STAYS_PLAIN:
+        EXPECT_EQ(0, exceptions.size()) << context;
+        EXPECT_EQ(0, transport.find(plain.cStr())) << context;
+        EXPECT_TRUE(has(transport)) << context;
+        EXPECT_GT(transport.size(), plain.size()) << context;
+        EXPECT_EQ(Transport::PLAIN, stats.outgoing.transport);
+        EXPECT_NE("", stats.outgoing.plainReason);
+        break;
+      case Outcome::CALL_FAILS:
+        EXPECT_EQ(1, exceptions.size()) << context;
+        for (auto& exception: exceptions) {
+          EXPECT_TRUE(has(exception.getDescription().cStr())) << context;
+        }
+        EXPECT_EQ(0, transport.find(shared.cStr())) << context;
+        break;
+      case Outcome::CONNECTION_FAILS:
+        ASSERT_GT(exceptions.size(), 0) << context;
+        for (auto& exception: exceptions) {
+          EXPECT_EQ(uint(kj::Exception::Type::DISCONNECTED), uint(exception.getType())) << context;
+        }
+        EXPECT_TRUE(has(failure)) << context;
+        EXPECT_GT(failure.size(), 4) << context;
+        break;
+    }
+  }
+};
+
+TEST_P(FaultyProcess, FailsAsItShould) {
+  if (!SystemCallTracer::isAllowed() || !SystemCallTracer::canChangeCalls()) {
+    GTEST_SKIP() << "this process may not trace its children, or not change their system calls";
+  }
+  bool all = getenv("CAPNP_SHM_ALL_FAULTS") != nullptr;
+  auto only = getenv("CAPNP_SHM_ONLY_FAULT");
+  uint cases = 0, calls = 0;
+  for (auto& fault: faults()) {
+    if (only != nullptr && strcmp(only, fault.name) != 0) continue;
+    if (fault.trust == Fault::TRUSTED && !mode().trust) continue;
+    if (fault.trust == Fault::UNTRUSTED && mode().trust) continue;
+    if (SANITIZED && fault.matches == isLargeAllocation) continue;  // The sanitizer's own malloc().
+    SCOPED_TRACE(fault.name);
+    bool everHit = false;
+    for (bool clientSide: { false, true }) {
+      SCOPED_TRACE(clientSide ? "the side that offers" : "the side that answers");
+      auto errors = fault.errors;
+      if (errors.empty()) errors.push_back(0);
+      if (!all) errors.resize(1);
+      for (int error: errors) {
+        SCOPED_TRACE(strerror(error));
+        auto result = disturb(fault, error, 0, clientSide);
+        everHit = everHit || result.hits > 0;
+        ++cases;
+        calls += result.hits;
+        // The same with each later call as the first one.
+        for (uint first = 1; all && result.seen > first && first < 30; first++) {
+          result = disturb(fault, error, first, clientSide);
+          ++cases;
+          calls += result.hits;
+        }
+      }
+    }
+    EXPECT_TRUE(everHit) << "no such call was made";
+    if (only == nullptr && HasFailure()) std::cout << "after " << fault.name << std::endl;
+  }
+  std::cout << cases << " cases, " << calls << " system calls" << std::endl;
+}
+
+INSTANTIATE_TEST_SUITE_P(Modes, FaultyProcess, testing::ValuesIn(sharedModes()), modeName);
+
+}  // namespace
+}  // namespace process
+}  // namespace capnpshm
