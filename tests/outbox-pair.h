@@ -198,7 +198,7 @@ public:
   void meet(End& peerParam) {
     // When both exist.
     peer = &peerParam;
-    mapPeer(kj::atomicRefcounted<PeerRegion>(0, mapPeerRegion(peer->outbox->getFirstRegionFd(),
+    mapPeer(kj::atomicRefcounted<PeerRegion>(0, mapPeerRegion(peer->outbox->takeFirstRegionFd(),
         peer->outbox->getFirstRegionBytes(), options.acceptBytes)));
   }
   void mapPeer(kj::Own<PeerRegion> region) {
@@ -251,9 +251,7 @@ public:
   void announce() {
     for (;;) {
       KJ_IF_MAYBE(a, outbox->takeAnnouncement()) {
-        int copy = dup(a->fd);
-        KJ_ASSERT(copy >= 0);
-        peer->mailbox.put({ Mailbox::Letter::REGION, a->id, a->bytes, kj::AutoCloseFd(copy) });
+        peer->mailbox.put({ Mailbox::Letter::REGION, a->id, a->bytes, kj::mv(a->fd) });
       } else {
         return;
       }

@@ -9,6 +9,7 @@
 #include <capnp/message.h>
 #include <capnp/rpc.capnp.h>
 #include <capnp/serialize-async.h>
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <kj/async-io.h>
 #include <kj/debug.h>
@@ -508,6 +509,49 @@ TEST(HostilePeer, BadCounterDoesNotThrowFromSend) {
   peer.header().consumed.store(uint64_t(1) << 40);
   EXPECT_NO_THROW(peer.send(100));
   peer.expectFailure("consumed descriptors that were not published");
+}
+
+TEST(HostilePeer, AnswerBeforeTheAnnouncementGetsNoOtherDescriptor) {
+  // It was closed at the answer, and its number, which something else had by then, was sent.
+  HandMadePeer peer;
+  int smallest = 1;
+  peer.pipe.ends[0]->setsockopt(SOL_SOCKET, SO_SNDBUF, &smallest, sizeof(smallest));
+  peer.upgrade();
+  // Bells that nobody reads fill the socket, so that the announcement has to wait.
+  for (uint64_t epoch = 1; epoch <= 15; epoch++) {
+    peer.header().sleepWord.store(epoch << SLEEP_EPOCH_SHIFT | WANT_DATA);
+    peer.send(8);
+    peer.io.waitScope.poll();
+  }
+  auto messagesOnly = peer.network.getStats().outgoing.socketBytes;
+  peer.send(60000);
+  peer.io.waitScope.poll();
+  ASSERT_GT(peer.network.getStats().outgoing.socketBytes, messagesOnly);
+  peer.writeControl([](protocol::Control::Builder control) { control.setRegionMapped(1); });
+  peer.settle();
+  ASSERT_EQ(peer.failure, "");
+  kj::Vector<kj::AutoCloseFd> others;
+  for (int i = 0; i < 4; i++) {
+    int number;
+    KJ_SYSCALL(number = open("/dev/null", O_RDONLY | O_CLOEXEC));
+    others.add(kj::AutoCloseFd(number));
+  }
+
+  uint64_t header;
+  kj::AutoCloseFd fd;
+  do {
+    auto n = peer.pipe.ends[1]->tryReadWithFds(&header, 8, 8, &fd, 1).wait(peer.io.waitScope);
+    ASSERT_EQ(n.byteCount, 8u);
+  } while (header == ~uint64_t(0));
+  capnp::word body[64];
+  size_t words = header >> 32;
+  peer.pipe.ends[1]->read(body, words * sizeof(capnp::word)).wait(peer.io.waitScope);
+  kj::ArrayPtr<const capnp::word> segment = kj::arrayPtr(body, words);
+  capnp::SegmentArrayMessageReader message(kj::arrayPtr(&segment, 1));
+  auto control = KJ_ASSERT_NONNULL(asControl(message.getRoot<capnp::AnyPointer>()));
+  ASSERT_TRUE(control.isRegion());
+  uint64_t bytes = control.getRegion().getBytes();
+  EXPECT_NO_THROW(mapPeerRegion(fd, bytes, bytes));
 }
 
 TEST(HostilePeer, AnswersToAnnouncementsDoNotPileUp) {

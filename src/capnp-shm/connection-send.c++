@@ -211,7 +211,9 @@ void SharedMemoryConnection::announceRegions() {
       auto region = message->get().initRegion();
       region.setId(announcement->id);
       region.setBytes(announcement->bytes);
-      writeControl(kj::mv(message), nullptr, announcement->fd);
+      auto fds = kj::heapArray<kj::AutoCloseFd>(1);
+      fds[0] = kj::mv(announcement->fd);
+      writeControl(kj::mv(message), kj::mv(fds));
     } else {
       return;
     }

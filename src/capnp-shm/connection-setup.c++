@@ -58,9 +58,9 @@ void SharedMemoryConnection::writeOffer() {
   builder.setMaxFdsPerMessage(maxFdsPerMessage);
   builder.setTakesBellSocket(port != nullptr);
   builder.setSealedBytes(acceptedSealedBytes());
-  // The outbox owns the fd, and might be dropped before it is written.
-  message = message.attach(kj::atomicAddRef(o));
-  writeControl(kj::mv(message), nullptr, o.getFirstRegionFd());
+  auto fds = kj::heapArray<kj::AutoCloseFd>(1);
+  fds[0] = o.takeFirstRegionFd();
+  writeControl(kj::mv(message), kj::mv(fds));
 }
 
 bool SharedMemoryConnection::handlePlainBody(
@@ -343,9 +343,9 @@ void SharedMemoryConnection::offerBellSocket() {
   }
   auto message = kj::heap<ControlMessage>();
   message->get().setBellSocket();
-  auto fds = kj::heapArrayBuilder<kj::AutoCloseFd>(1);
-  fds.add(KJ_ASSERT_NONNULL(bellSocket)->takePeersEnd());
-  writeControl(kj::mv(message), fds.finish());
+  auto fds = kj::heapArray<kj::AutoCloseFd>(1);
+  fds[0] = KJ_ASSERT_NONNULL(bellSocket)->takePeersEnd();
+  writeControl(kj::mv(message), kj::mv(fds));
 }
 
 void SharedMemoryConnection::handleBellSocket(kj::ArrayPtr<kj::AutoCloseFd> fds) {

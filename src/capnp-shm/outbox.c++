@@ -68,7 +68,7 @@ Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake)
 
 Outbox::~Outbox() noexcept(false) {}
 
-int Outbox::getFirstRegionFd() const { return regions[0]->memory.fd; }
+kj::AutoCloseFd Outbox::takeFirstRegionFd() { return kj::mv(regions[0]->memory.fd); }
 size_t Outbox::getFirstRegionBytes() const { return regions[0]->bytes; }
 
 RegionHeader& Outbox::getHeader() {
@@ -103,7 +103,6 @@ void Outbox::start(const RegionHeader& peer, kj::ArrayPtr<const SharedWord> peer
   peerHeader = &peer;
   if (peerFreeRing.size() > 0) freeRing = FreeConsumer(peerFreeRing, peer.freed);
   regions[0]->state = Region::MAPPED;
-  regions[0]->memory.fd = nullptr;
 }
 
 void Outbox::stop() {
@@ -166,7 +165,7 @@ kj::Maybe<Outbox::Announcement> Outbox::takeAnnouncement() {
   if (!needed) return nullptr;
   first->state = Region::ANNOUNCED;
   ++unanswered;
-  return Announcement { first->id, first->bytes, first->memory.fd.get() };
+  return Announcement { first->id, first->bytes, kj::mv(first->memory.fd) };
 }
 
 void Outbox::awaitRegion(Region& region, Arena::Block& block) {
@@ -180,7 +179,6 @@ void Outbox::regionMapped(uint32_t id) {
       "peer says it mapped a region that was not announced to it", id);
   region->state = Region::MAPPED;
   region->awaited = false;
-  region->memory.fd = nullptr;
   --unanswered;
 }
 
@@ -190,7 +188,6 @@ void Outbox::regionRefused(uint32_t id) {
       "peer refuses a region that was not announced to it", id);
   region->state = Region::REFUSED;
   region->awaited = false;
-  region->memory.fd = nullptr;
   --unanswered;
   growthAllowed = false;
   arena.removeRange(id);

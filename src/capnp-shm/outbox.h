@@ -95,7 +95,9 @@ public:
   // -------------------------------------------------------------------
   // Setting up
 
-  int getFirstRegionFd() const;
+  kj::AutoCloseFd takeFirstRegionFd();
+  // To be sent once; not kept here, as a peer might say that it mapped the region before it is.
+
   size_t getFirstRegionBytes() const;
 
   void writeHeader(uint32_t version);
@@ -106,9 +108,9 @@ public:
   // The words which this side writes as a reader; see Inbox.
 
   void start(const RegionHeader& peerHeader, kj::ArrayPtr<const SharedWord> peerFreeRing);
-  // The peer has mapped the first region: its fd is closed, and from here on messages can be
-  // published. `peerHeader` (whose `consumed` and `freed` we read) and `peerFreeRing` (empty if the
-  // peer copies everything) must stay mapped until stop().
+  // The peer has mapped the first region: from here on messages can be published. `peerHeader`
+  // (whose `consumed` and `freed` we read) and `peerFreeRing` (empty if the peer copies everything)
+  // must stay mapped until stop().
 
   void stop();
   // The connection is gone, and with it the peer's memory. Nothing is published any more, but
@@ -120,11 +122,11 @@ public:
   struct Announcement {
     uint32_t id;
     size_t bytes;
-    int fd;
+    kj::AutoCloseFd fd;
   };
   kj::Maybe<Announcement> takeAnnouncement();
   // A region which the peer must be told of, if there is one that something needs and no more than
-  // three announcements are unanswered. The fd stays ours.
+  // three announcements are unanswered. The fd goes with it: a peer might answer before it is sent.
 
   void regionMapped(uint32_t id);
   void regionRefused(uint32_t id);
