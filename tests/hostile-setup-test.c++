@@ -45,6 +45,14 @@ kj::AutoCloseFd memfd(int seals, size_t bytes = REGION_BYTES, bool allocated = t
   return result;
 }
 
+kj::AutoCloseFd holesAndBlocksBeyondTheEnd() {
+  // As many blocks as the region has, but none where the region is.
+  auto result = memfd(0, REGION_BYTES, false);
+  KJ_SYSCALL(fallocate(result, FALLOC_FL_KEEP_SIZE, REGION_BYTES, REGION_BYTES));
+  KJ_SYSCALL(fcntl(result, F_ADD_SEALS, ALL_SEALS));
+  return result;
+}
+
 kj::AutoCloseFd ordinaryFile() {
   char path[] = "hostile-XXXXXX";
   auto result = file(mkostemp(path, O_CLOEXEC));
@@ -88,6 +96,7 @@ INSTANTIATE_TEST_SUITE_P(Offers, HostileSetup, testing::Values(
     offered("MayBeWritten", "without the seals",
         []() { return memfd(F_SEAL_SHRINK | F_SEAL_GROW); }),
     offered("Holes", "with holes", []() { return memfd(ALL_SEALS, REGION_BYTES, false); }),
+    offered("HolesAndBlocksBeyondTheEnd", "with holes", holesAndBlocksBeyondTheEnd),
     offered("OrdinaryFile", "a file that cannot be sealed", ordinaryFile),
     offered("Pipe", "a file that cannot be sealed", pipeEnd),
     offered("Socket", "a file that cannot be sealed",

@@ -145,6 +145,25 @@ TEST(Memfd, RefusesHoles) {
   EXPECT_FAILURE("holes", onePage, SIZE);
 }
 
+TEST(Memfd, BlocksBeyondTheEndDoNotMakeUpForHoles) {
+  auto region = makeMemfd(SIZE, 0, false);
+  KJ_SYSCALL(fallocate(region, FALLOC_FL_KEEP_SIZE, SIZE, SIZE));
+  KJ_SYSCALL(fcntl(region, F_ADD_SEALS, ALL_SEALS));
+  struct stat stats;
+  KJ_SYSCALL(fstat(region, &stats));
+  ASSERT_EQ(SIZE, size_t(stats.st_size));
+  ASSERT_LE(SIZE, size_t(stats.st_blocks) * 512);
+  EXPECT_FAILURE("holes", region, SIZE);
+}
+
+TEST(Memfd, RefusesWhatIsOpenForReadingOnly) {
+  // For then that cannot be found out.
+  auto own = createRegion(SIZE);
+  int fd;
+  KJ_SYSCALL(fd = open(kj::str("/proc/self/fd/", own.fd.get()).cStr(), O_RDONLY | O_CLOEXEC));
+  EXPECT_FAILURE("not open for writing", kj::AutoCloseFd(fd), SIZE);
+}
+
 TEST(Memfd, RefusesAnotherSizeThanAnnounced) {
   EXPECT_FAILURE("another size", makeMemfd(SIZE, ALL_SEALS), SIZE * 2);
   EXPECT_FAILURE("another size", makeMemfd(SIZE * 2, ALL_SEALS), SIZE);

@@ -136,6 +136,13 @@ void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
   faultPoint();
   KJ_REQUIRE(uint64_t(stats.st_size) == announcedBytes,
       "peer sent shared memory of another size than it announced", stats.st_size, announcedBytes);
+  // Blocks beyond the end, which fallocate() can make, would make up for holes; to set the size to
+  // what it is gives them back. Sealed as it is, nothing else can change, now or later.
+  KJ_SYSCALL(ftruncate(fd, announcedBytes),
+      "peer sent shared memory that is not open for writing");
+  faultPoint();
+  KJ_SYSCALL(fstat(fd, &stats));
+  faultPoint();
   KJ_REQUIRE(uint64_t(stats.st_blocks) * 512 >= announcedBytes,
       "peer sent shared memory with holes", stats.st_blocks, announcedBytes);
 }
