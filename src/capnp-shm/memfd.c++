@@ -138,8 +138,17 @@ void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
       "peer sent shared memory of another size than it announced", stats.st_size, announcedBytes);
   // Blocks beyond the end, which fallocate() can make, would make up for holes; to set the size to
   // what it is gives them back. Sealed as it is, nothing else can change, now or later.
-  KJ_SYSCALL(ftruncate(fd, announcedBytes),
-      "peer sent shared memory that is not open for writing");
+  int result;
+  do {
+    result = ftruncate(fd, announcedBytes);
+  } while (result < 0 && errno == EINTR);
+  if (result < 0) {
+    int error = errno;
+    KJ_REQUIRE(error != EINVAL && error != EBADF,
+        "peer sent shared memory that is not open for writing", strerror(error));
+    kj::throwFatalException(KJ_EXCEPTION(OVERLOADED, "cannot check the peer's shared memory",
+        strerror(error), announcedBytes));
+  }
   faultPoint();
   KJ_SYSCALL(fstat(fd, &stats));
   faultPoint();
