@@ -433,7 +433,7 @@ TEST_F(BusyPoll, YieldIsDueAfterMessagesBytesOrTime) {
   uint messages = 0;
   while (!turnEnd.mustYield()) {
     turnEnd.count(8);
-    ASSERT_LE(++messages, 1024u);
+    ASSERT_LE(++messages, 2048u);
   }
   yield();
   for (uint i = 0; i < 3; i++) {
@@ -456,7 +456,7 @@ TEST_F(BusyPoll, YieldIsDueAfterMessagesBytesOrTime) {
 
 TEST_F(BusyPoll, EndOfTurnWaitsForThePortWhenItIsDue) {
   FakeMember a(log, "a");
-  for (uint i = 0; i < 2000; i++) a.turnEnd().count(0);
+  for (uint i = 0; i < 4000; i++) a.turnEnd().count(0);
   // Another thread's call is there already; it must be served first.
   auto& executor = kj::getCurrentThreadExecutor();
   std::atomic<bool> sent{false};

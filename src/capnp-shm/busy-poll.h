@@ -104,9 +104,9 @@ public:
   // Resolves after the port has run. Costs about three system calls.
 
 private:
-  static constexpr uint MAX_MESSAGES_WITHOUT_PORT = 1024;
+  static constexpr uint MAX_MESSAGES_WITHOUT_PORT = 2048;
   static constexpr size_t MAX_BYTES_WITHOUT_PORT = 4 << 20;
-  static constexpr uint64_t MAX_NANOSECONDS_WITHOUT_PORT = 2000000;
+  static constexpr uint64_t MAX_NANOSECONDS_WITHOUT_PORT = 4000000;
   static constexpr uint MESSAGES_PER_LOOK_AT_CLOCK = 64;
   static constexpr uint MAX_SPINNERS = 8;
 
