@@ -68,8 +68,9 @@ struct SharedMemoryOptions {
   // without copying. 0 for never, and then this side does not accept them either; they are sent if
   // both sides accept them. (A side with `trustPeer` has no need to accept them, but sends them.)
   //
-  // Making and sealing a file costs more than copying warm memory, and several system calls, so
-  // this pays only for very large segments, if at all: measure. bench/README.md has figures.
+  // Making, mapping and sealing a file costs much more than copying into memory that is there
+  // already, so this pays only for very large segments, if at all: measure. bench/README.md has
+  // figures.
 
   size_t sealedHeldBytes = 64 * 1024 * 1024;
   // How many bytes of the peer's sealed segments may be mapped at a time, in the messages which
