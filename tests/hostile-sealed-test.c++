@@ -253,7 +253,6 @@ TEST_F(HostileTest, WhatIsRightIsDeliveredAndTheRestClosed) {
     auto connection = network.accept().wait(io.waitScope);
     auto received = connection->receiveIncomingMessage();
     peer.upgrade();
-    auto kept = resourcesOf();
 
     capnp::MallocMessageBuilder builder(SEGMENT_WORDS);
     builder.initRoot<capnp::rpc::Message>().initAbort().initReason(SEGMENT_BYTES / 2);
@@ -275,10 +274,6 @@ TEST_F(HostileTest, WhatIsRightIsDeliveredAndTheRestClosed) {
     EXPECT_EQ(1, message->getAttachedFds().size());
     EXPECT_GE(network.getStats().incoming.sealedBytes, words.size());
     EXPECT_FAILS(FAILED, "without the seals", connection->receiveIncomingMessage());
-    message = nullptr;
-    unsealed = nullptr;
-    other = nullptr;
-    (void)kept;
   }
   EXPECT_EQ(before, resourcesOf());
 }
