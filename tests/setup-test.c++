@@ -1,169 +1,16 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
-#include <capnp-shm/rpc-shm.h>
+#include "hand-made-peer.h"
 
 #include <capnp-shm/bell-socket.h>
-#include <capnp-shm/handshake.h>
-#include <capnp-shm/memfd.h>
-#include <capnp-shm/ring.h>
-#include <capnp/message.h>
-#include <capnp/rpc.capnp.h>
-#include <capnp/serialize-async.h>
-#include <fcntl.h>
-#include <gtest/gtest.h>
-#include <kj/async-io.h>
-#include <kj/debug.h>
 #include <sys/socket.h>
 
-// A connection against a peer that is written here by hand, frame by frame: docs/PROTOCOL.md from
-// the other side.
+// Setting up, and what is no error there or is one, against a hand-made peer. Peers that break the
+// rules in other ways are in hostile-*-test.c++.
 
 namespace capnpshm {
+namespace testing {
 namespace {
-
-using Connection = capnp::TwoPartyVatNetworkBase::Connection;
-using capnp::rpc::twoparty::Side;
-
-constexpr size_t REGION_BYTES = 32 * 1024;
-
-class HandMadePeer {
-  // A network and, at the other end of its socket, whatever the test writes.
-
-public:
-  explicit HandMadePeer(
-      SharedMemoryOptions options = SharedMemoryOptions(), kj::uint maxFdsPerMessage = 1)
-      : io(kj::setupAsyncIo()), pipe(io.provider->newCapabilityPipe()),
-        network(SharedMemoryContext { &io.unixEventPort, options }, *pipe.ends[0],
-                maxFdsPerMessage, Side::CLIENT),
-        region(createRegion(REGION_BYTES)), receiving(nullptr) {
-    capnp::MallocMessageBuilder message;
-    auto vatId = message.initRoot<capnp::rpc::twoparty::VatId>();
-    vatId.setSide(Side::SERVER);
-    connection = KJ_ASSERT_NONNULL(network.connect(vatId));
-  }
-
-  // Frames --------------------------------------------------------------------
-
-  void write(capnp::MessageBuilder& message, kj::ArrayPtr<const int> fds = nullptr) {
-    capnp::writeMessage(*pipe.ends[1], fds, message.getSegmentsForOutput()).wait(io.waitScope);
-  }
-
-  template <typename Func>
-  void writeControl(Func&& fill, kj::ArrayPtr<const int> fds = nullptr) {
-    ControlMessage message;
-    fill(message.get());
-    write(message.getMessage(), fds);
-  }
-
-  bool takesBellSocket = false;
-
-  void writeOffer(bool withFd, uint64_t bytes = REGION_BYTES) {
-    int fd = region.fd;
-    writeControl([&](protocol::Control::Builder control) {
-      auto offer = control.initOffer();
-      offer.setMinVersion(1);
-      offer.setMaxVersion(1);
-      offer.setNonce(1234);
-      offer.setRegionBytes(bytes);
-      offer.setTakesBellSocket(takesBellSocket);
-    }, withFd ? kj::arrayPtr(&fd, 1) : nullptr);
-  }
-
-  void writeMapped() {
-    writeControl([](protocol::Control::Builder control) { control.setMapped(); });
-  }
-
-  void writeFinish(kj::uint questionId) {
-    capnp::MallocMessageBuilder message;
-    message.initRoot<capnp::rpc::Message>().initFinish().setQuestionId(questionId);
-    write(message);
-  }
-
-  kj::Own<capnp::MessageReader> read() {
-    return capnp::readMessage(*pipe.ends[1]).wait(io.waitScope);
-  }
-
-  protocol::Control::Which readControl() {
-    auto message = read();
-    return KJ_ASSERT_NONNULL(asControl(message->getRoot<capnp::AnyPointer>())).which();
-  }
-
-  // Shared memory -------------------------------------------------------------
-
-  void startReceiving() {
-    receiving = connection->receiveIncomingMessage().then(
-        [this](kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>&& message) {
-      ended = message == nullptr;
-    }, [this](kj::Exception&& exception) {
-      failure = kj::str(exception.getDescription());
-    }).eagerlyEvaluate(nullptr);
-  }
-
-  void upgrade(uint64_t ringLines = FIRST_RING_LINES, bool ownSwitch = true) {
-    // Through the whole set-up, up to both sides' switch.
-    startReceiving();
-    kj::AutoCloseFd fdSpace[1];
-    auto offer = capnp::readMessage(*pipe.ends[1], fdSpace).wait(io.waitScope);
-    KJ_REQUIRE(offer.fds.size() == 1);
-    auto bytes = KJ_ASSERT_NONNULL(asControl(offer.reader->getRoot<capnp::AnyPointer>()))
-        .getOffer().getRegionBytes();
-    peerMemory = mapPeerRegion(offer.fds[0], bytes, bytes);
-
-    auto& h = header();
-    h.version.store(PROTOCOL_VERSION);
-    h.regionBytes.store(REGION_BYTES);
-    h.freeOffset.store(sizeof(RegionHeader));
-    h.ringOffset.store(sizeof(RegionHeader));
-    h.ringLines.store(ringLines);
-    h.consumed.store(FIRST_RING_LINES);
-    h.magic.store(REGION_MAGIC);
-    ring = DescriptorProducer(kj::arrayPtr(reinterpret_cast<DescriptorLine*>(
-        region.mapping.bytes().begin() + sizeof(RegionHeader)), FIRST_RING_LINES));
-    writeOffer(true);
-    writeMapped();
-    if (ringLines != FIRST_RING_LINES) return;
-    ASSERT_EQ(readControl(), protocol::Control::MAPPED);
-    ASSERT_EQ(readControl(), protocol::Control::SWITCH);
-    if (!ownSwitch) return;
-    writeControl([](protocol::Control::Builder control) { control.setSwitch(); });
-    settle();
-    ASSERT_EQ(network.getStats().incoming.transport, Transport::SHARED_MEMORY);
-    ASSERT_EQ(failure, "");
-  }
-
-  RegionHeader& header() {
-    return *reinterpret_cast<RegionHeader*>(region.mapping.bytes().begin());
-  }
-
-  void settle() {
-    // Lets the network do what it can.
-    for (int i = 0; i < 5; i++) {
-      io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
-    }
-  }
-
-  void send(size_t textSize) {
-    auto message = connection->newOutgoingMessage(0);
-    message->getBody().initAs<capnp::rpc::Message>().initAbort().initReason(textSize);
-    message->send();
-  }
-
-  void expectFailure(const char* text) {
-    settle();
-    EXPECT_NE(nullptr, strstr(failure.cStr(), text)) << "failure: " << failure.cStr();
-  }
-
-  kj::AsyncIoContext io;
-  kj::CapabilityPipe pipe;
-  SharedMemoryVatNetwork network;
-  OwnRegion region;
-  kj::Maybe<Mapping> peerMemory;
-  kj::Maybe<DescriptorProducer> ring;
-  kj::Own<Connection> connection;
-  kj::Promise<void> receiving;
-  kj::String failure = kj::str("");
-  bool ended = false;
-};
 
 kj::uint receiveFinish(HandMadePeer& peer) {
   // Of the message which the network delivers next.
@@ -578,4 +425,5 @@ TEST(HostilePeer, AnswersToAnnouncementsDoNotPileUp) {
 }
 
 }  // namespace
+}  // namespace testing
 }  // namespace capnpshm
