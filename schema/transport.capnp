@@ -89,6 +89,10 @@ struct Offer {
 
   sealedBytes @7 :UInt64;
   # The size of the largest sealed segment that the sender would map; 0 if it accepts none.
+
+  maxFdsAhead @8 :UInt32 = 64;
+  # How many file descriptors may come to the sender for messages which it has not consumed. Those of
+  # a single message always may.
 }
 
 struct Region {

@@ -203,6 +203,9 @@ INSTANTIATE_TEST_SUITE_P(OutOfOrder, HostileSetup, testing::Values(
       peer.mapped();
       peer.mapped();
     } },
+    Misdeed { "DeclinedTwice", "declined shared memory twice", [](HostilePeer& peer) {
+      for (uint i = 0; i < 2; i++) peer.control([](auto c) { c.setDeclined("no"); });
+    }, false, true },
     late("MappedLate", "not offered to it", [](auto c) { c.setMapped(); }),
     late("SwitchTwice", "before that was agreed", [](auto c) { c.setSwitch(); }),
     late("DeclinedLate", "after it had switched", [](auto c) { c.setDeclined("no"); }),
@@ -402,6 +405,52 @@ TEST_F(HostileTest, VersionsThatDoNotMeetAreNoError) {
     peer.write(message);
     auto plain = KJ_ASSERT_NONNULL(await(kj::mv(received)));
     EXPECT_EQ(3, plain->getBody().getAs<capnp::rpc::Message>().getFinish().getQuestionId());
+  }
+}
+
+TEST_F(HostileTest, HonestPeersMeetNoLimit) {
+  // Whatever they do, and whether a limit is as tight as it may be, as usual, or none at all.
+  auto tight = PeerLimits { 0, 0, 0, 64 };
+  auto tightWithRegions = PeerLimits { 2, 1, 0, 64 };
+  auto none = PeerLimits {
+      uint(kj::maxValue), uint(kj::maxValue), size_t(kj::maxValue), uint(kj::maxValue) };
+  for (bool trust: { false, true }) {
+    for (auto& limits: { tight, tightWithRegions, PeerLimits(), none }) {
+      SharedMemoryContext context;
+      context.options.trustPeer = trust;
+      context.options.maxBytes = 4 << 20;
+      context.options.spinMicroseconds = 0;  // So that each call needs its bells.
+      context.options.peerLimits = limits;
+      conformance::ServerState state;
+      SharedMemoryServer server(context, kj::heap<conformance::RootImpl>(state));
+      auto pipe = io.provider->newCapabilityPipe();
+      server.accept(kj::mv(pipe.ends[0]), 4);
+      SharedMemoryClient client(context, *pipe.ends[1], 4);
+      auto root = client.bootstrap().castAs<conformance::Root>();
+      process::runWorkload(root, io.waitScope);
+      conformance::ServerState mine;
+      std::vector<kj::Promise<void>> files;
+      for (uint i = 0; i < 100; i++) {
+        auto request = root.filesRequest();
+        auto items = request.initItems(1 + i % 4);
+        for (uint j = 0; j < items.size(); j++) {
+          items.set(j, kj::heap<conformance::FileItem>(mine, pipeEnd()));
+        }
+        files.push_back(request.send().ignoreResult());
+      }
+      for (auto& promise: files) await(kj::mv(promise));
+      for (uint i = 0; i < 500; i++) {
+        auto request = root.echoRequest();
+        auto data = request.initData(i % 50 == 0 ? 300000 : 10 * i);
+        memset(data.begin(), i, data.size());
+        auto response = await(request.send());
+        ASSERT_EQ(data.size(), response.getData().size());
+      }
+      auto stats = client.getStats();
+      ASSERT_EQ(Transport::SHARED_MEMORY, stats.outgoing.transport);
+      EXPECT_GT(stats.bellsRung, 200);
+      EXPECT_GT(stats.sleeps, 200);
+    }
   }
 }
 

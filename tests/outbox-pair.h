@@ -150,6 +150,7 @@ struct EndOptions {
   size_t acceptBytes = size_t(64) << 20;  // Of the peer's.
   bool inPlace = false;
   kj::uint freeEntries = 512;
+  size_t retiredBytes = kj::maxValue;
 };
 
 class Mailbox {
@@ -190,7 +191,7 @@ class End final: public MessageSender {
 public:
   explicit End(const EndOptions& options): options(options) {
     OutboxLimits limits { options.firstRegionBytes, options.maxBytes,
-                          options.inPlace ? options.freeEntries : 0 };
+                          options.inPlace ? options.freeEntries : 0, options.retiredBytes };
     outbox = kj::atomicRefcounted<Outbox>(limits, kj::atomicRefcounted<ForeignWake>());
     outbox->writeHeader(PROTOCOL_VERSION);
   }

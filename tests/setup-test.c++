@@ -3,7 +3,9 @@
 #include "hand-made-peer.h"
 
 #include <capnp-shm/bell-socket.h>
+#include <fcntl.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 // Setting up, and what is no error there or is one, against a hand-made peer. Peers that break the
 // rules in other ways are in hostile-*-test.c++.

@@ -193,11 +193,13 @@ kj::Maybe<kj::Exception> SharedMemoryConnection::endOfDelivery() {
 
 SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
   auto& i = *KJ_ASSERT_NONNULL(inbox);
+  uint64_t copied = i.getCopiedBytes();
   kj::ArrayPtr<SealedFile> sealed;
   if (!fdRecords.empty()) sealed = fdRecords.front().sealed;
   KJ_IF_MAYBE(m, i.tryTake(!fdRecords.empty(), sealed)) {
     auto& message = **m;
     if (message.getFdCount() > 0) {
+      fdRecordsCost -= fdRecords.front().cost();
       message.attachFds(kj::mv(fdRecords.front().fds));
       fdRecords.pop_front();
     }
@@ -212,6 +214,8 @@ SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
     active();
     return kj::Own<capnp::IncomingRpcMessage>(kj::mv(*m));
   }
+  // Parts of a message are work too.
+  if (i.getCopiedBytes() != copied) getTurnEnd().count(i.getCopiedBytes() - copied);
   return nullptr;
 }
 
@@ -279,7 +283,9 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
       return false;
     }
     wake();
+    getTurnEnd().count(0);
     if (f.header == BELL && !bellExpected) {
+      admitBell();
       bellRang();
       return true;
     }
@@ -328,8 +334,12 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
       return true;
     });
   }).attach(kj::mv(frame)).then([this](bool more) -> kj::Promise<void> {
-    if (more && failure == nullptr) return readControl(false);
-    return kj::READY_NOW;
+    if (!more || failure != nullptr) return kj::READY_NOW;
+    // As long as there is something to read, the port does not run by itself.
+    if (getTurnEnd().mustYield()) {
+      return getTurnEnd().yieldToPort().then([this]() { return readControl(false); });
+    }
+    return readControl(false);
   }, [this](kj::Exception&& exception) -> kj::Promise<void> {
     if (exception.getType() == kj::Exception::Type::DISCONNECTED) {
       controlEnded(kj::mv(exception));
@@ -337,6 +347,29 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
     }
     return kj::mv(exception);
   });
+}
+
+// What comes on the control socket is bounded by what it belongs to: answers by our announcements,
+// `fds` by PeerLimits::fdsAhead, and the rest may come once, except for these two.
+
+void SharedMemoryConnection::admitBell() {
+  // An honest peer rings at most once for each epoch of our sleep word in which we ask for
+  // something, and each of those is one of `sleeps`.
+  ++bellsTaken;
+  KJ_REQUIRE(bellsTaken <= sleeps + options.peerLimits.controlMessages,
+      "peer sent too many bells; see PeerLimits::controlMessages", bellsTaken, sleeps);
+}
+
+void SharedMemoryConnection::admitRegion() {
+  // An honest peer announces a region only if something is to lie there, and each is as large as
+  // all that it has, up to its limit, so that their number is a logarithm; except for those which
+  // take the place of retired ones. Before it retires one it has published thousands of messages,
+  // and we have taken those, but for what its ring holds. (Not for each sleep: the announcement
+  // itself may have ended that.)
+  ++regionsTaken;
+  KJ_REQUIRE(regionsTaken <= sharedMessagesTaken + options.peerLimits.controlMessages,
+      "peer announced too many regions; see PeerLimits::controlMessages",
+      regionsTaken, sharedMessagesTaken);
 }
 
 void SharedMemoryConnection::bellRang() {

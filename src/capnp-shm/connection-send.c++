@@ -224,7 +224,10 @@ bool SharedMemoryConnection::sendFds(WaitingMessage& message) {
   // Sends what must go over the socket before the message is published. False if too much of that
   // is ahead of the peer.
   auto& sealed = message.message->getSealed();
-  if (fdPositions.size() + kj::max(sealed.countSealable(), 1u) > MAX_FDS_AHEAD) return false;
+  if (!fdsAhead.empty() &&
+      totalFdsAhead + message.fds.size() + sealed.countSealable() > peersFdsAhead) {
+    return false;
+  }
   kj::Vector<SealedSegments::File> files;
   if (message.fds.size() + MAX_SEALED_SEGMENTS <= MAX_FDS_PER_WRITE) {
     files = sealed.seal(message.message->getSegments());
@@ -263,7 +266,10 @@ bool SharedMemoryConnection::sendFds(WaitingMessage& message) {
 void SharedMemoryConnection::publishWaiting() {
   auto& o = *KJ_ASSERT_NONNULL(outbox);
   o.reclaim();
-  while (!fdPositions.empty() && fdPositions.front() <= o.getConsumed()) fdPositions.pop_front();
+  while (!fdsAhead.empty() && fdsAhead.front().position <= o.getConsumed()) {
+    totalFdsAhead -= fdsAhead.front().fds;
+    fdsAhead.pop_front();
+  }
 
   while (!waiting.empty()) {
     auto& front = waiting.front();
@@ -278,7 +284,8 @@ void SharedMemoryConnection::publishWaiting() {
     if (o.getPosition() != before) servedInterests |= WANT_DATA;  // Perhaps only a part.
     if (!published) break;
     if (fdCount > 0) {
-      for (uint i = 0; i < kj::max(sealedCount, 1u); i++) fdPositions.push_back(o.getPosition());
+      fdsAhead.push_back({ o.getPosition(), fdCount });
+      totalFdsAhead += fdCount;
     }
     getTurnEnd().count(front.bytes);
     --queueCount;
@@ -314,14 +321,19 @@ void SharedMemoryConnection::ringPeer() {
     return;
   }
   if (bellSocketState == TAKEN && KJ_ASSERT_NONNULL(bellSocket)->ring()) return;
-  outgoingStats.socketBytes += sizeof(BELL);
   if (pendingWrites > 0) {
-    // Behind the frame that is being written.
-    if (previousWrite == nullptr || writeFailed) return;
-    previousWrite = enqueueWrite([this]() { return stream.write(&BELL, sizeof(BELL)); })
-        .eagerlyEvaluate(nullptr);
+    // Behind the frame that is being written. Only one, or a peer that reads nothing could make us
+    // queue them without bounds.
+    if (previousWrite == nullptr || writeFailed || bellQueued) return;
+    bellQueued = true;
+    previousWrite = enqueueWrite([this]() {
+      bellQueued = false;
+      outgoingStats.socketBytes += sizeof(BELL);
+      return stream.write(&BELL, sizeof(BELL));
+    }).eagerlyEvaluate(nullptr);
     return;
   }
+  outgoingStats.socketBytes += sizeof(BELL);
   // A full socket buffer means that there are bells in it already. Any other error is for the
   // read side to find.
   ssize_t n;

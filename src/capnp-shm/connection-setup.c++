@@ -36,6 +36,7 @@ bool SharedMemoryConnection::createOutbox() {
     limits.firstRegionBytes = firstRegionBytes(options);
     limits.maxBytes = kj::max(options.maxBytes, limits.firstRegionBytes);
     limits.freeEntries = options.trustPeer ? FREE_RING_ENTRIES : 0;
+    limits.retiredBytes = options.peerLimits.retiredBytes;
     outbox = kj::atomicRefcounted<Outbox>(limits, kj::atomicAddRef(*foreignWake));
   })) {
     stayPlain(kj::str("this side cannot make shared memory: ", exception->getDescription()));
@@ -58,6 +59,7 @@ void SharedMemoryConnection::writeOffer() {
   builder.setMaxFdsPerMessage(maxFdsPerMessage);
   builder.setTakesBellSocket(port != nullptr);
   builder.setSealedBytes(acceptedSealedBytes());
+  builder.setMaxFdsAhead(options.peerLimits.fdsAhead);
   auto fds = kj::heapArray<kj::AutoCloseFd>(1);
   fds[0] = o.takeFirstRegionFd();
   writeControl(kj::mv(message), kj::mv(fds));
@@ -73,7 +75,8 @@ bool SharedMemoryConnection::handlePlainBody(
       handleControl(*control, fds);
       return true;
     }
-    if (offered && isEchoOfOffer(*b, nonce)) {
+    if (offered && !gotEcho && isEchoOfOffer(*b, nonce)) {
+      gotEcho = true;
       stayPlain("the peer does not know shared memory");
       return true;
     }
@@ -97,6 +100,8 @@ void SharedMemoryConnection::handleControl(
       return;
 
     case protocol::Control::DECLINED:
+      KJ_REQUIRE(!gotDeclined, "peer declined shared memory twice");
+      gotDeclined = true;
       KJ_REQUIRE(!incomingShared, "peer declined shared memory after it had switched to it");
       stayPlain(kj::str("the peer declined: ", control.getDeclined()));
       return;
@@ -165,15 +170,17 @@ void SharedMemoryConnection::handleControl(
 void SharedMemoryConnection::handleFds(
     kj::Array<SealedFile> sealed, kj::ArrayPtr<kj::AutoCloseFd> fds) {
   KJ_REQUIRE(incomingShared, "peer sent file descriptors before it switched to shared memory");
-  size_t ahead = kj::max(sealed.size(), size_t(1));
-  for (auto& record: fdRecords) ahead += kj::max(record.sealed.size(), size_t(1));
-  KJ_REQUIRE(ahead <= MAX_FDS_AHEAD, "peer sent file descriptors too far ahead of its messages");
   auto kept = kj::heapArrayBuilder<kj::AutoCloseFd>(
       kj::min(fds.size(), size_t(maxFdsPerMessage)));
   for (auto& fd: fds) {
     if (kept.size() < kept.capacity() && fd != nullptr) kept.add(kj::mv(fd));
   }
-  fdRecords.push_back(FdRecord { kept.finish(), kj::mv(sealed) });
+  FdRecord record { kept.finish(), kj::mv(sealed) };
+  KJ_REQUIRE(fdRecords.empty() || fdRecordsCost + record.cost() <= options.peerLimits.fdsAhead,
+      "peer sent file descriptors too far ahead of its messages; see PeerLimits::fdsAhead",
+      fdRecordsCost, record.cost(), options.peerLimits.fdsAhead);
+  fdRecordsCost += record.cost();
+  fdRecords.push_back(kj::mv(record));
 }
 
 void SharedMemoryConnection::handleSealed(
@@ -248,6 +255,7 @@ void SharedMemoryConnection::handleOffer(
   }
   peerTrustsUs = peerOffer.getTrustsPeer();
   peerTakesBellSocket = peerOffer.getTakesBellSocket();
+  peersFdsAhead = peerOffer.getMaxFdsAhead();
 
   if (!createOutbox()) {
     decline(KJ_ASSERT_NONNULL(plainReason));
@@ -271,6 +279,7 @@ void SharedMemoryConnection::handleRegion(
   // Or a peer that does not read could make us queue answers without bounds.
   KJ_REQUIRE(unwrittenAnswers < MAX_UNANSWERED_REGIONS,
       "peer announced more regions than it may before they are answered");
+  admitRegion();
   KJ_IF_MAYBE(i, inbox) {
     kj::Maybe<int> fd;
     if (fds.size() > 0 && fds[0] != nullptr) fd = fds[0].get();
@@ -299,6 +308,7 @@ void SharedMemoryConnection::handleMapped() {
   limits.maxBytes = options.maxBytes;
   limits.inPlace = options.trustPeer;
   limits.sealedBytes = acceptedSealedBytes();
+  limits.furtherRegions = options.peerLimits.regions;
   auto& i = inbox.emplace(kj::atomicRefcounted<Inbox>(kj::atomicAddRef(*o),
       kj::mv(KJ_ASSERT_NONNULL(peerFirstRegion)), version, limits,
       kj::atomicAddRef(*foreignWake)));

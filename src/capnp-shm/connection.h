@@ -80,6 +80,9 @@ private:
     // What came on the socket for a message that is still to come, or is being waited for.
     kj::Array<kj::AutoCloseFd> fds;
     kj::Array<SealedFile> sealed;
+
+    uint64_t cost() const { return kj::max(fds.size() + sealed.size(), size_t(1)); }
+    // The memory of one without descriptors counts too.
   };
 
   SharedMemoryOptions options;
@@ -97,7 +100,10 @@ private:
   bool gotOffer = false;
   bool sentMapped = false;
   bool gotMapped = false;
+  bool gotDeclined = false;
+  bool gotEcho = false;
   bool peerTrustsUs = false;
+  uint peersFdsAhead = MAX_FDS_AHEAD;
   uint64_t nonce = 0;
   uint32_t version = 0;
   kj::Maybe<kj::Own<PeerRegion>> peerFirstRegion;
@@ -126,11 +132,18 @@ private:
   kj::Maybe<kj::Promise<void>> previousWrite;
   // Resolves when the previous write completes. Null after shutdown().
   uint pendingWrites = 0;
+  bool bellQueued = false;
+  // Behind other writes. It serves all that is published before it is written.
   // Lists, since unlike a std::deque they take no memory while they are empty, as they mostly are.
   std::list<WaitingMessage> waiting;
-  std::list<uint64_t> fdPositions;
-  // Ring positions of published messages with file descriptors that the peer may not have taken;
-  // for each sealed segment once.
+  struct FdsAhead {
+    uint64_t position;
+    uint fds;
+  };
+  std::list<FdsAhead> fdsAhead;
+  uint totalFdsAhead = 0;
+  // Of published messages with file descriptors that the peer may not have taken, behind which
+  // position in the ring; sealed segments count too.
   kj::Maybe<kj::Own<kj::PromiseFulfiller<void>>> drainedFulfiller;
   uint64_t servedInterests = 0;
   bool writeFailed = false;
@@ -144,6 +157,9 @@ private:
   // Set once the connection is broken: all further receives fail with it.
   kj::Maybe<Receiver&> receiver;
   std::list<FdRecord> fdRecords;
+  uint64_t fdRecordsCost = 0;
+  uint64_t bellsTaken = 0;
+  uint64_t regionsTaken = 0;
   bool ended = false;
   kj::Maybe<kj::Exception> endReason;
   // How the control socket ended, once it did; null for a clean end.
@@ -221,6 +237,8 @@ private:
   kj::Promise<void> listenToBell();
   kj::Promise<void> listenToForeignThreads();
   void bellRang();
+  void admitBell();
+  void admitRegion();
   void controlEnded(kj::Maybe<kj::Exception> reason);
   bool wantsData() { return incomingShared && !ended && receiver != nullptr; }
 

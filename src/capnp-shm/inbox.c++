@@ -55,7 +55,8 @@ kj::ArrayPtr<const DescriptorLine> findRing(const PeerRegion& region) {
 Inbox::Inbox(kj::Own<Outbox> outboxParam, kj::Own<PeerRegion> firstRegion, uint32_t version,
              const InboxLimits& limits, kj::Own<ForeignWake> foreignWake)
     : outbox(kj::mv(outboxParam)), limits(limits), foreignWake(kj::mv(foreignWake)),
-      ring(findRing(*firstRegion)), publishedPosition(ring.getPosition()),
+      ring(findRing(*firstRegion)), mapped(kj::atomicRefcounted<MappedTotal>()),
+      publishedPosition(ring.getPosition()),
       sealedBudget(kj::atomicRefcounted<SealedBudget>(limits.sealedBytes)) {
   auto bytes = firstRegion->bytes();
   auto& header = *reinterpret_cast<const RegionHeader*>(bytes.begin());
@@ -71,7 +72,7 @@ Inbox::Inbox(kj::Own<Outbox> outboxParam, kj::Own<PeerRegion> firstRegion, uint3
   peerFreeRing = kj::arrayPtr(
       reinterpret_cast<const SharedWord*>(bytes.begin() + offset), entries);
 
-  mappedBytes = bytes.size();
+  firstRegion->countIn(kj::atomicAddRef(*mapped));
   regions.add(kj::mv(firstRegion));
   auto ownFreeRing = outbox->getFreeRing();
   if (ownFreeRing.size() > 0) freeRing = FreeProducer(ownFreeRing, outbox->getHeader().freed);
@@ -86,13 +87,16 @@ const RegionHeader& Inbox::getPeerHeader() const {
 bool Inbox::addRegion(uint32_t id, kj::Maybe<int> fd, uint64_t bytes) {
   KJ_REQUIRE(id == nextRegionId, "peer announced regions out of order", id, nextRegionId);
   ++nextRegionId;
+  uint64_t mappedBytes = mapped->getBytes();
   if (bytes > limits.maxBytes - kj::min(limits.maxBytes, mappedBytes)) return false;
+  if (mapped->getRegions() > limits.furtherRegions) return false;  // The first is one of them.
   if (fd == nullptr) return false;
   int number = KJ_ASSERT_NONNULL(fd);
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-    regions.add(kj::atomicRefcounted<PeerRegion>(
-        id, mapPeerRegion(number, bytes, limits.maxBytes)));
-    mappedBytes += bytes;
+    auto region = kj::atomicRefcounted<PeerRegion>(
+        id, mapPeerRegion(number, bytes, limits.maxBytes));
+    region->countIn(kj::atomicAddRef(*mapped));
+    regions.add(kj::mv(region));
   })) {
     if (exception->getType() == kj::Exception::Type::OVERLOADED) return false;
     kj::throwFatalException(kj::mv(*exception));
@@ -129,7 +133,13 @@ kj::ArrayPtr<const byte> Inbox::resolve(const SegmentEntry& entry) {
 kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(
     bool fdsArrived, kj::ArrayPtr<SealedFile> sealed) {
   for (;;) {
-    if (!held && !ring.tryTake(descriptor)) return nullptr;
+    if (!held) {
+      if (!ring.tryTake(descriptor)) return nullptr;
+      // Or a peer that writes as fast as we read would keep us in this loop.
+      KJ_REQUIRE(ring.getPosition() - publishedPosition <= ring.getLineCount(),
+          "peer published more descriptors than its ring has room for",
+          ring.getPosition(), publishedPosition, ring.getLineCount());
+    }
 
     auto& head = descriptor.head;
     KJ_REQUIRE((assembly == nullptr) == (head.kind != DescriptorKind::PART) ||
@@ -337,6 +347,8 @@ void Inbox::takeJump() {
   auto bytes = resolve(entry);
   KJ_REQUIRE(entry.offset % CACHE_LINE == 0 && bytes.size() % sizeof(DescriptorLine) == 0,
       "peer's JUMP leads to a misplaced ring", entry.offset, entry.words);
+  KJ_REQUIRE(bytes.size() / sizeof(DescriptorLine) <= LARGEST_RING_LINES,
+      "peer's JUMP leads to a ring that is too large", bytes.size() / sizeof(DescriptorLine));
   ring.jump(kj::arrayPtr(reinterpret_cast<const DescriptorLine*>(bytes.begin()),
       bytes.size() / sizeof(DescriptorLine)));
   ringRegion = kj::atomicAddRef(findRegion(entry.region));
@@ -346,7 +358,6 @@ void Inbox::takeRetire() {
   uint64_t id = descriptor.body[0];
   for (size_t i = 1; i < regions.size(); i++) {
     if (regions[i]->id == id) {
-      mappedBytes -= regions[i]->bytes().size();
       regions[i] = kj::mv(regions.back());
       regions.removeLast();
       return;
@@ -359,7 +370,7 @@ bool Inbox::publishConsumed(bool force) {
   uint64_t position = held ? ring.getPosition() - descriptor.head.lines : ring.getPosition();
   if (position == publishedPosition) return false;
   if (!force && position - publishedPosition < ring.getLineCount() / 8 &&
-      consumedBytes < kj::min(mappedBytes / 8, CONSUMPTION_WORTH_TELLING)) {
+      consumedBytes < kj::min(mapped->getBytes() / 8, CONSUMPTION_WORTH_TELLING)) {
     return false;
   }
   // Release: pairs with the acquire loads in Outbox. Our reads of the lines and of the blocks that

@@ -16,18 +16,50 @@
 
 namespace capnpshm {
 
+class MappedTotal final: public kj::AtomicRefcounted {
+  // How much of the peer's memory is mapped now, whoever still reads there. Any thread, since the
+  // last to read in a region may be on any.
+
+public:
+  // Relaxed throughout: these are numbers alone, by which nothing else is ordered.
+  void add(size_t size) {
+    bytes.fetch_add(size, std::memory_order_relaxed);
+    regions.fetch_add(1, std::memory_order_relaxed);
+  }
+  void remove(size_t size) {
+    bytes.fetch_sub(size, std::memory_order_relaxed);
+    regions.fetch_sub(1, std::memory_order_relaxed);
+  }
+  uint64_t getBytes() const { return bytes.load(std::memory_order_relaxed); }
+  uint64_t getRegions() const { return regions.load(std::memory_order_relaxed); }
+
+private:
+  std::atomic<uint64_t> bytes{0};
+  std::atomic<uint64_t> regions{0};
+};
+
 class PeerRegion final: public kj::AtomicRefcounted {
   // A region of the peer's, mapped read-only. Owned by the inbox and by every message that is read
   // in place in it.
 
 public:
   PeerRegion(uint32_t id, Mapping&& mapping): id(id), mapping(kj::mv(mapping)) {}
+  ~PeerRegion() noexcept(false) {
+    KJ_IF_MAYBE(t, total) (*t)->remove(bytes().size());
+  }
 
   const uint32_t id;
   kj::ArrayPtr<const byte> bytes() const { return mapping.bytes(); }
 
+  void countIn(kj::Own<MappedTotal> newTotal) {
+    newTotal->add(bytes().size());
+    total = kj::mv(newTotal);
+  }
+  // As long as it is mapped. Once, before it is shared.
+
 private:
   Mapping mapping;
+  kj::Maybe<kj::Own<MappedTotal>> total;
 };
 
 struct InboxLimits {
@@ -36,6 +68,7 @@ struct InboxLimits {
   uint64_t maxBytes;               // Of all regions of the peer together.
   bool inPlace;                    // Whether to read messages where they lie.
   uint64_t sealedBytes = 0;        // Of sealed segments that are mapped at a time.
+  uint furtherRegions = 32;        // Of the peer's, mapped at a time.
 };
 
 class IncomingMessage;
@@ -64,8 +97,9 @@ public:
   // For Outbox::start().
 
   bool addRegion(uint32_t id, kj::Maybe<int> fd, uint64_t bytes);
-  // Maps a further region. False if it cannot be mapped, goes beyond `maxBytes` or came without its
-  // fd; throws if it is not what the protocol demands.
+  // Maps a further region. False if it cannot be mapped, goes beyond `maxBytes` or
+  // `furtherRegions`, or came without its fd; throws if it is not what the protocol demands. What
+  // was retired counts until nobody reads there any more.
 
   bool isReady() const { return !held && ring.isReady(); }
   // Whether tryTake() may find something. Not if it waits for file descriptors.
@@ -119,7 +153,7 @@ private:
   DescriptorConsumer ring;
   kj::Maybe<FreeProducer> freeRing;
   uint64_t nextRegionId = 1;
-  uint64_t mappedBytes = 0;
+  kj::Own<MappedTotal> mapped;
 
   Descriptor descriptor;
   bool held = false;             // `descriptor` waits for its file descriptors.

@@ -68,8 +68,12 @@ constexpr uint MAX_DESCRIPTOR_LINES = 8;
 constexpr uint MAX_BODY_WORDS =
     HEAD_BODY_WORDS + (MAX_DESCRIPTOR_LINES - 1) * CONTINUATION_BODY_WORDS;
 
+constexpr size_t LARGEST_RING_LINES = 65536;
+// No JUMP leads to a larger ring, so that what a reader may find in it at once has an end.
+
 constexpr uint MAX_FDS_AHEAD = 64;
-// How many messages with file descriptors may be sent before the peer has consumed the first.
+// How many file descriptors may be sent before the peer has consumed the first message to which
+// some belong, unless its offer says otherwise.
 
 constexpr uint MAX_UNANSWERED_REGIONS = 4;
 // How many announcements of regions may be unanswered.

@@ -208,10 +208,10 @@ void Outbox::retireUnused() {
       dropRegion(i);
       return;
     }
-    // A peer may keep the fds of retired regions, so no more is retired than the limit itself.
+    // A peer may keep the memory of retired regions, so no more is retired than that limit.
     if ((region.state == Region::MAPPED || region.state == Region::REFUSED) &&
         published - region.lastUsed >= unusedBeforeRetire &&
-        retiredBytes + region.bytes <= limits.maxBytes) {
+        retiredBytes + region.bytes <= kj::min(limits.retiredBytes, limits.maxBytes)) {
       auto& r = KJ_ASSERT_NONNULL(ring);
       if (region.state == Region::MAPPED) {
         if (!r.hasRoom(1)) return;

@@ -64,6 +64,7 @@ struct OutboxLimits {
   size_t firstRegionBytes;  // A multiple of the page size.
   size_t maxBytes;
   uint freeEntries;         // For the free ring, in which our side frees what it reads; or 0.
+  size_t retiredBytes = kj::maxValue;  // At most `maxBytes` in any case.
 };
 
 class Outbox final: public kj::AtomicRefcounted {

@@ -14,10 +14,15 @@ using Connection = capnp::TwoPartyVatNetworkBase::Connection;
 
 namespace {
 
+constexpr uint MIN_CONTROL_MESSAGES = 64;
+
 const SharedMemoryContext& check(const SharedMemoryContext& context) {
   KJ_REQUIRE(context.options.maxBytes >= context.options.firstRegionBytes,
       "SharedMemoryOptions::maxBytes must be at least firstRegionBytes",
       context.options.maxBytes, context.options.firstRegionBytes);
+  KJ_REQUIRE(context.options.peerLimits.controlMessages >= MIN_CONTROL_MESSAGES,
+      "PeerLimits::controlMessages must be large enough for an honest peer",
+      context.options.peerLimits.controlMessages, MIN_CONTROL_MESSAGES);
   return context;
 }
 

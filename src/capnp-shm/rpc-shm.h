@@ -18,6 +18,32 @@ namespace capnpshm {
 
 using kj::uint;
 
+struct PeerLimits {
+  // What one peer can make this side hold and do, beyond SharedMemoryOptions::maxBytes and Cap'n
+  // Proto's ReaderOptions, which bound a message. No peer that keeps to the protocol meets an error
+  // because of them: it is told what it may do, or refused what it need not have.
+
+  uint regions = 32;
+  // Regions of the peer's that this side maps at a time, beside the first. Further ones are refused,
+  // and the peer goes on with what it has; as regions grow geometrically, few are needed. 0 leaves
+  // it the first alone. A process has some 65000 mappings in all.
+
+  uint fdsAhead = 64;
+  // File descriptors that may have come, on a connection that accepts any, for messages that were
+  // not received yet. The peer is told, and waits; one that does not is cut off. A single message
+  // may always have as many as the connection accepts for each, so 0 means one message at a time.
+
+  size_t retiredBytes = kj::maxValue;
+  // Memory that this side may stop using, over the life of a connection, in bytes; at most
+  // `maxBytes` in any case. The peer can keep what it was given, and that stays charged to this
+  // side, so it can hold up to `maxBytes` and this. 0: memory once given is kept in use.
+
+  uint controlMessages = 1024;
+  // How many more bells the peer may send than this side has gone to sleep, and how many more
+  // announcements of regions than this side has received messages. A peer that sends more is cut
+  // off. An honest one sends a bell for each sleep at most, and announces few regions. At least 64.
+};
+
 struct SharedMemoryOptions {
   // How one side of a connection uses shared memory. Each side chooses for itself; the two need
   // not agree.
@@ -85,6 +111,9 @@ struct SharedMemoryOptions {
   bool requireSharedMemory = false;
   // If the connection cannot use shared memory, fail it (type FAILED, with the reason) instead of
   // going on as a plain two-party stream.
+
+  PeerLimits peerLimits;
+  // Against a peer that wants to exhaust this side. The defaults are meant for any use.
 };
 
 struct SharedMemoryContext {
@@ -214,7 +243,7 @@ public:
       const kj::MonotonicClock& clock = kj::systemCoarseMonotonicClock());
 
   // The same with a context. Options that contradict themselves (a first region larger than
-  // `maxBytes`) throw type FAILED.
+  // `maxBytes`) or that no peer could get along with throw type FAILED.
   SharedMemoryVatNetwork(const SharedMemoryContext& context, capnp::MessageStream& msgStream,
       capnp::rpc::twoparty::Side side,
       capnp::ReaderOptions receiveOptions = capnp::ReaderOptions(),
