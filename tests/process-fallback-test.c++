@@ -1,5 +1,6 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
+#include "emulator.h"
 #include "process-fixture.h"
 
 #include <string.h>
@@ -83,6 +84,7 @@ TEST_P(Fallback, HelperCanBeDeniedNothing) {
 }
 
 TEST_P(Fallback, SystemRefusesInTheServer) {
+  CAPNP_SHM_NEEDS_SECCOMP;
   auto before = resourcesOf();
   for (auto& obstacle: std::vector<Obstacle> {
       { "memfd", { "deny=memfd" }, "this side cannot make shared memory",
@@ -98,6 +100,7 @@ TEST_P(Fallback, SystemRefusesInTheServer) {
 }
 
 TEST_P(Fallback, SystemRefusesInTheClient) {
+  CAPNP_SHM_NEEDS_SECCOMP;
   auto before = resourcesOf();
   for (auto& obstacle: std::vector<Obstacle> {
       { "memfd", { "deny=memfd" }, "this side cannot make shared memory",

@@ -56,7 +56,10 @@ PeerProcess::PeerProcess(
   KJ_REQUIRE(address != MAP_FAILED, strerror(errno));
   progress = reinterpret_cast<Progress*>(address);
 
-  std::vector<char*> argv { const_cast<char*>(program) };
+  std::vector<char*> argv;
+  // An emulated program does not start another by itself.
+  if (EMULATOR[0] != '\0') argv.push_back(const_cast<char*>(EMULATOR));
+  argv.push_back(const_cast<char*>(program));
   for (auto& argument: arguments) argv.push_back(&argument[0]);
   argv.push_back(nullptr);
   std::vector<int> inherited { helpers.get(), memory.get() };
@@ -69,7 +72,7 @@ PeerProcess::PeerProcess(
     for (size_t i = 0; i < inherited.size(); i++) {
       if (dup2(inherited[i], REPORT_FD + int(i)) < 0) _exit(126);
     }
-    execv(program, argv.data());
+    execvp(argv[0], argv.data());
     _exit(127);
   }
 }

@@ -1,5 +1,6 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
+#include "emulator.h"
 #include "process-fixture.h"
 
 #include <errno.h>
@@ -202,6 +203,7 @@ protected:
 };
 
 TEST_P(Fork, ChildHarmsNeitherItselfNorTheConnection) {
+  CAPNP_SHM_NEEDS_MADVISE;
   auto peer = start(mode().arguments("serve"));
   auto end = newEnd(kj::mv(peer.stream), Side::CLIENT);
   end->start(nullptr);
@@ -269,6 +271,7 @@ TEST_P(Fork, ChildHarmsNeitherItselfNorTheConnection) {
 }
 
 TEST_P(Fork, ChildThatLivesOnDoesNotKeepTheMemory) {
+  CAPNP_SHM_NEEDS_MADVISE;
   // The peer's death is seen though the child has the socket, since the peer's end was its alone.
   auto before = resourcesOf();
   pid_t child;
