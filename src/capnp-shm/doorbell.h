@@ -62,7 +62,8 @@ public:
     // be woken. Says so once an epoch. Whatever a hostile peer writes here, it costs us one bell a
     // call at most.
     //
-    // The fence orders our publishing before the load; see SleepWord.
+    // The fence orders our publishing before the load, which can be relaxed, and pairs with that in
+    // SleepWord::arm().
     fullFence();
     uint64_t value = word.load(std::memory_order_relaxed);
     if ((value & served) == 0 || value >> SLEEP_EPOCH_SHIFT == rungEpoch) return false;

@@ -400,6 +400,7 @@ void Inbox::release(uint64_t handle) {
 }
 
 bool Inbox::takeFreed() {
+  // Relaxed: whoever set it wakes us through ForeignWake, whose mutex orders it.
   if (foreignPending.load(std::memory_order_relaxed)) {
     kj::Vector<uint64_t> list;
     {

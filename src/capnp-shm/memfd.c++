@@ -64,6 +64,7 @@ int createMemfd() {
 }  // namespace
 
 uint64_t forkGeneration() {
+  // Relaxed: it changes only before a new process has any other thread.
   return currentGeneration.load(std::memory_order_relaxed);
 }
 

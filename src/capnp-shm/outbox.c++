@@ -320,6 +320,7 @@ void Outbox::builderGone(Parcel& parcel) {
 }
 
 void Outbox::drainForeignReleases() {
+  // Relaxed: whoever set it wakes us through ForeignWake, whose mutex orders it.
   if (!foreignPending.load(std::memory_order_relaxed)) return;
   kj::Vector<Parcel*> list;
   {

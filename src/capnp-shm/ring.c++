@@ -22,6 +22,7 @@ constexpr bool isPowerOfTwo(size_t n) { return n != 0 && (n & (n - 1)) == 0; }
 }  // namespace
 
 void fullFence() {
+  // Each pairs with another: SleepWord::arm() with PeerSleepWord::mustRing().
 #if CAPNP_SHM_TSAN
   static std::atomic<uint64_t> standIn{0};
   standIn.fetch_add(1, std::memory_order_seq_cst);
@@ -179,6 +180,7 @@ kj::Maybe<uint64_t> FreeConsumer::tryPop(uint64_t outstanding) {
   if (peerCount == count) return nullptr;
   KJ_REQUIRE(peerCount - count <= outstanding,
       "peer's count of freed messages is impossible", peerCount, count, outstanding);
+  // Relaxed: ordered after the acquire load above.
   uint64_t handle = entries[count & (entries.size() - 1)].load(std::memory_order_relaxed);
   ++count;
   return handle;
