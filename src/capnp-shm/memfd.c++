@@ -15,6 +15,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 #include <kj/debug.h>
+#include <kj/function.h>
 
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010
@@ -59,6 +60,20 @@ int createMemfd() {
   }
   faultPoint();
   return fd;
+}
+
+[[noreturn]] void failToMap(const char* call, int error, uint64_t bytes) {
+  // Nobody's fault: the peer's memory cannot be had because of this process's limits or sandbox.
+  kj::throwFatalException(KJ_EXCEPTION(OVERLOADED, "cannot map the peer's shared memory",
+      call, strerror(error), bytes));
+}
+
+int retryInterrupted(kj::FunctionParam<int()> call) {
+  int result;
+  do {
+    result = call();
+  } while (result < 0 && errno == EINTR);
+  return result;
 }
 
 }  // namespace
@@ -118,7 +133,9 @@ void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
   faultPoint();
   int seals = fcntl(fd, F_GET_SEALS);
   if (seals < 0) {
+    // EINVAL is what a file without seals answers; a sandbox has other errors.
     int error = errno;
+    if (error != EINVAL && error != EBADF) failToMap("F_GET_SEALS", error, announcedBytes);
     KJ_FAIL_REQUIRE("peer sent as shared memory a file that cannot be sealed", strerror(error));
   }
   faultPoint();
@@ -126,32 +143,28 @@ void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
       "peer sent shared memory without the seals that it must have", seals, requiredSeals);
 
   struct statfs fs;
-  KJ_SYSCALL(fstatfs(fd, &fs));
+  if (retryInterrupted([&]() { return fstatfs(fd, &fs); }) < 0) {
+    failToMap("fstatfs()", errno, announcedBytes);
+  }
   faultPoint();
   // A hugetlb memfd can be sealed too, but touching it may raise SIGBUS when the pool is empty.
   KJ_REQUIRE(fs.f_type == TMPFS_MAGIC,
       "peer sent shared memory that is not an ordinary memfd", uint64_t(fs.f_type));
 
   struct stat stats;
-  KJ_SYSCALL(fstat(fd, &stats));
+  if (fstat(fd, &stats) < 0) failToMap("fstat()", errno, announcedBytes);
   faultPoint();
   KJ_REQUIRE(uint64_t(stats.st_size) == announcedBytes,
       "peer sent shared memory of another size than it announced", stats.st_size, announcedBytes);
   // Blocks beyond the end, which fallocate() can make, would make up for holes; to set the size to
   // what it is gives them back. Sealed as it is, nothing else can change, now or later.
-  int result;
-  do {
-    result = ftruncate(fd, announcedBytes);
-  } while (result < 0 && errno == EINTR);
-  if (result < 0) {
+  if (retryInterrupted([&]() { return ftruncate(fd, announcedBytes); }) < 0) {
     int error = errno;
-    KJ_REQUIRE(error != EINVAL && error != EBADF,
-        "peer sent shared memory that is not open for writing", strerror(error));
-    kj::throwFatalException(KJ_EXCEPTION(OVERLOADED, "cannot check the peer's shared memory",
-        strerror(error), announcedBytes));
+    if (error != EINVAL && error != EBADF) failToMap("ftruncate()", error, announcedBytes);
+    KJ_FAIL_REQUIRE("peer sent shared memory that is not open for writing", strerror(error));
   }
   faultPoint();
-  KJ_SYSCALL(fstat(fd, &stats));
+  if (fstat(fd, &stats) < 0) failToMap("fstat()", errno, announcedBytes);
   faultPoint();
   KJ_REQUIRE(uint64_t(stats.st_blocks) * 512 >= announcedBytes,
       "peer sent shared memory with holes", stats.st_blocks, announcedBytes);
@@ -189,13 +202,16 @@ Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes) {
 
   void* begin = mmap(nullptr, announcedBytes, PROT_READ, MAP_SHARED, fd, 0);
   if (begin == MAP_FAILED) {
-    int error = errno;
-    kj::throwFatalException(KJ_EXCEPTION(OVERLOADED, "cannot map the peer's shared memory",
-        strerror(error), announcedBytes));
+    failToMap("mmap()", errno, announcedBytes);
   }
   faultPoint();
   Mapping mapping(reinterpret_cast<kj::byte*>(begin), announcedBytes);
-  keepToThisProcess(mapping.bytes());
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    keepToThisProcess(mapping.bytes());
+  })) {
+    kj::throwFatalException(KJ_EXCEPTION(OVERLOADED, "cannot map the peer's shared memory",
+        exception->getDescription()));
+  }
   return mapping;
 }
 
