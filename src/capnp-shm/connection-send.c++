@@ -321,9 +321,8 @@ void SharedMemoryConnection::ringPeer() {
     return;
   }
   if (bellSocketState == TAKEN && KJ_ASSERT_NONNULL(bellSocket)->ring()) return;
-  if (pendingWrites > 0) {
-    // Behind the frame that is being written. Only one, or a peer that reads nothing could make us
-    // queue them without bounds.
+  auto enqueueBell = [this]() {
+    // Only one, or a peer that reads nothing could make us queue them without bounds.
     if (previousWrite == nullptr || writeFailed || bellQueued) return;
     bellQueued = true;
     previousWrite = enqueueWrite([this]() {
@@ -331,17 +330,26 @@ void SharedMemoryConnection::ringPeer() {
       outgoingStats.socketBytes += sizeof(BELL);
       return stream.write(&BELL, sizeof(BELL));
     }).eagerlyEvaluate(nullptr);
+  };
+  if (pendingWrites > 0) {
+    // Behind the frame that is being written.
+    enqueueBell();
     return;
   }
-  outgoingStats.socketBytes += sizeof(BELL);
-  // A full socket buffer means that there are bells in it already. Any other error is for the
-  // read side to find.
+  // A full socket buffer means that there are bells in it already. If the peer is gone, that is for
+  // the read side to find.
   ssize_t n;
   faultPoint();
   do {
     n = ::send(socket, &BELL, sizeof(BELL), MSG_DONTWAIT | MSG_NOSIGNAL);
   } while (n < 0 && errno == EINTR);
+  int error = errno;
   faultPoint();
+  if (n >= 0) outgoingStats.socketBytes += n;
+  if (n >= 0 || error == EAGAIN || error == EPIPE || error == ECONNRESET) return;
+  // The kernel has no memory for it, say. As a write it is either made or breaks the connection; or
+  // the peer would sleep for ever.
+  enqueueBell();
 }
 
 kj::Promise<void> SharedMemoryConnection::shutdown() {
