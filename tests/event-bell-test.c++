@@ -72,6 +72,16 @@ TEST_P(EventBellTest, EveryRingWakes) {
   }
 }
 
+TEST_P(EventBellTest, RingOfAFullBellNeitherBlocksNorIsLost) {
+  EventBell bell;
+  auto listener = listenTo(bell);
+  uint64_t full = ~uint64_t(0) - 1;
+  KJ_SYSCALL(write(bell.getFd(), &full, sizeof(full)));
+  auto promise = listener->wait();
+  for (uint i = 0; i < 10; i++) bell.ring();
+  promise.wait(io.waitScope);
+}
+
 TEST_P(EventBellTest, ManyRingsMayBeOne) {
   EventBell bell;
   auto listener = listenTo(bell);
