@@ -154,6 +154,7 @@ int serve() {
       failure = kj::str(int(exception->getType()), " thrown: ", exception->getDescription());
     }
     peer.end->network.onDisconnect().wait(io.waitScope);
+    for (uint i = 0; i < 1000 && failure == nullptr; i++) peer.pause();
     transport = describe(peer.stats());
   }
   --before.fds;  // The socket.
@@ -170,9 +171,30 @@ int serve() {
   return 0;
 }
 
+void exerciseRarely(Root::Client& root, kj::WaitScope& waitScope) {
+  // A message of too many segments for a descriptor, which lie elsewhere; and then so many small
+  // ones that regions are retired.
+  auto request = root.partsRequest();
+  auto parts = request.initParts(30);
+  auto data = kj::heapArray<capnp::word>(100);
+  memset(data.asBytes().begin(), 1, data.asBytes().size());
+  for (uint i = 0; i < parts.size(); i++) {
+    parts.adopt(i, capnp::Orphanage::getForMessageContaining(parts)
+        .referenceExternalData(capnp::Data::Reader(data.asBytes())));
+  }
+  request.send().ignoreResult().wait(waitScope);
+
+  for (uint i = 0; i < 100; i++) {
+    kj::Vector<kj::Promise<void>> calls;
+    for (uint j = 0; j < 50; j++) calls.add(root.addRequest().send().ignoreResult());
+    kj::joinPromises(calls.releaseAsArray()).wait(waitScope);
+  }
+}
+
 int call() {
   // A client that makes calls of all kinds and leaves.
   auto io = kj::setupAsyncIo();
+  ServerState mine;
   passGate();
   {
     Peer peer(io, Side::CLIENT, SOCKET_FD);
@@ -181,8 +203,9 @@ int call() {
     WorkloadSize size;
     size.largeBytes = 60000;
     for (auto phase: { Phase::SET_UP, Phase::GROWTH, Phase::STEADY }) {
-      exercise(root, phase, size, [&](auto promise) { return promise.wait(io.waitScope); });
+      exercise(root, mine, phase, size, [&](auto promise) { return promise.wait(io.waitScope); });
     }
+    if (isSet("rare")) exerciseRarely(root, io.waitScope);
   }
   reportEnd();
   return 0;
@@ -226,9 +249,9 @@ int send() {
             outgoing.inlineMessages + outgoing.referencedMessages + outgoing.socketMessages);
       }
     }
-    peer.flush();
-    progress()[PUBLISHED].store(count + 1);
+    // With messages that wait, if memory is short.
     connection->shutdown().wait(io.waitScope);
+    progress()[PUBLISHED].store(count + 1);
     receiving.wait(io.waitScope);
   }
   reportEnd();

@@ -305,6 +305,7 @@ class FaultyProcess: public ProcessTest {
   // those of a second connection.
 
 protected:
+  conformance::ServerState mine;
   static constexpr uint MAX_FDS = 4;
 
   struct Result {
@@ -354,8 +355,8 @@ protected:
           size.fds = !losesFds;
           auto wait = [&](auto promise) { return await(kj::mv(promise)); };
           KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-            exercise(root, phase, size, wait);
-            if (losesFds) exerciseFiles(root, wait, false);
+            exercise(root, mine, phase, size, wait);
+            if (losesFds) exerciseFiles(root, mine, wait, false);
           })) {
             exceptions.add(kj::mv(*exception));
           }
@@ -387,7 +388,7 @@ protected:
       if (result.hits > 0) expect(fault, exceptions, stats, transport, failure);
     }
     EXPECT_EQ(before, resourcesOf());
-    EXPECT_EQ(0, state.items);
+    EXPECT_EQ(0, state.items + mine.items);
     alarm(0);
     return result;
   }

@@ -28,8 +28,10 @@ struct WorkloadSize {
 };
 
 template <typename Await>
-void exerciseFiles(conformance::Root::Client& root, Await&& await, bool expectFds = true) {
-  conformance::ServerState mine;
+void exerciseFiles(conformance::Root::Client& root, conformance::ServerState& mine,
+                   Await&& await, bool expectFds = true) {
+  // `mine` is for what we pass, which the peer may hold until the connection ends.
+
   auto request = root.filesRequest();
   request.initItems(1).set(0,
       kj::heap<conformance::FileItem>(mine, conformance::pipeWith("contents")));
@@ -49,8 +51,8 @@ void exerciseFiles(conformance::Root::Client& root, Await&& await, bool expectFd
 }
 
 template <typename Await>
-void exercise(conformance::Root::Client& root, Phase phase, const WorkloadSize& size,
-              Await&& await) {
+void exercise(conformance::Root::Client& root, conformance::ServerState& mine, Phase phase,
+              const WorkloadSize& size, Await&& await) {
   // `await` waits for a promise. Throws what a call throws, and type FAILED for a wrong result.
 
   auto add = [&](kj::uint n) {
@@ -91,7 +93,9 @@ void exercise(conformance::Root::Client& root, Phase phase, const WorkloadSize& 
     case Phase::END:
       break;
   }
-  if (size.fds && (phase == Phase::GROWTH || phase == Phase::STEADY)) exerciseFiles(root, await);
+  if (size.fds && (phase == Phase::GROWTH || phase == Phase::STEADY)) {
+    exerciseFiles(root, mine, await);
+  }
 }
 
 }  // namespace process
