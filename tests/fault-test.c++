@@ -6,10 +6,12 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <fstream>
 #include <iostream>
 #include <linux/memfd.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -33,6 +35,8 @@ using conformance::RootImpl;
 using kj::uint;
 
 constexpr uint EVERY = 0;
+constexpr uint64_t LARGE = 140 * 1024;
+// An allocation which malloc() hands on to the system, and which nothing but a large message needs.
 
 enum class Outcome {
   WORKS,            // In shared memory, all results are right.
@@ -114,9 +118,19 @@ bool isWait(const SystemCall& call) {
   return call.number == SYS_epoll_pwait;
 }
 bool isLargeAllocation(const SystemCall& call) {
-  // malloc() for what is large, or of a further arena when it cannot have that.
+  // By malloc(): a mapping, or more heap when it cannot have that.
   return (call.number == SYS_mmap && (call.arguments[3] & MAP_ANONYMOUS) != 0 &&
-          call.arguments[1] > 128 * 1024) || call.number == SYS_brk;
+          call.arguments[1] > LARGE) || call.number == SYS_brk;
+}
+
+uint64_t breakOf(pid_t pid) {
+  std::ifstream maps(kj::str("/proc/", pid, "/maps").cStr());
+  for (std::string line; std::getline(maps, line);) {
+    if (line.find("[heap]") != std::string::npos) {
+      return strtoull(line.c_str() + line.find('-') + 1, nullptr, 16);
+    }
+  }
+  return 0;
 }
 
 const char* const CANNOT_MAKE = "this side cannot make shared memory";
@@ -219,10 +233,17 @@ public:
   std::atomic<uint> hits { 0 };
   std::atomic<uint> seen { 0 };
 
+  void setBreak(uint64_t address) { currentBreak = address; }
+  // Where the process's heap ends when tracing begins.
+
   void operator()(StoppedProcess& stopped) {
+    bool isBreak = stopped.call.number == SYS_brk;
+    if (isBreak && !stopped.entry && !active) currentBreak = stopped.result;
     if (stopped.entry) {
       active = false;
       if (phase.load() != uint(fault.phase) || !fault.matches(stopped.call)) return;
+      // Only what cannot be for something small.
+      if (isBreak && stopped.call.arguments[0] <= currentBreak + LARGE) return;
       uint number = seen++;
       if (number < first) return;
       if (fault.count != EVERY && number >= first + fault.count) return;
@@ -237,6 +258,7 @@ private:
   const Fault& fault;
   int error;
   uint first;  // How many calls to leave alone.
+  uint64_t currentBreak = 0;
   bool active = false;
 
   msghdr header;
@@ -288,7 +310,8 @@ private:
   void leave(StoppedProcess& stopped) {
     auto& call = stopped.call;
     if (fault.effect == Effect::FAIL) {
-      stopped.setResult(-error);
+      // brk() has no error but that nothing changes.
+      stopped.setResult(call.number == SYS_brk ? int64_t(currentBreak) : -error);
     } else if (fault.effect == Effect::SHORT && vectorAddress != 0) {
       stopped.write(vectorAddress, vector);
       if (call.number == SYS_recvmsg || call.number == SYS_sendmsg) {
@@ -338,6 +361,7 @@ protected:
       EXPECT_EQ("at the gate", process.line());
       tracer = kj::heap<SystemCallTracer>(process.getPid(),
           [&injector](StoppedProcess& stopped) { injector(stopped); });
+      injector.setBreak(breakOf(process.getPid()));
       process.proceed();
 
       auto end = newEnd(wrapSocket(io, kj::mv(pair.mine)),

@@ -475,25 +475,28 @@ TEST_P(KillAtRandom, Servers) {
 }
 
 TEST(FaultPoints, AreAllPassedBySomeone) {
-  // Two of them talk to each other.
+  // Two of them talk to each other: a client and a server, or two that send messages.
   std::set<std::string> passed;
   for (auto& mode: sharedModes()) {
     for (const char* small: { "small=0", "small=1" }) {
-      alarm(120);
-      auto pair = newSocketPair();
-      int ends[] = { pair.mine, pair.peers };
-      PeerProcess server(kj::arrayPtr(&ends[0], 1),
-          mode.arguments("serve", { "record=1", small }), FAULT_PEER);
-      PeerProcess client(kj::arrayPtr(&ends[1], 1),
-          mode.arguments("call", { "record=1", "rare=1", small }), FAULT_PEER);
-      pair = SocketPair();
-      server.proceed();
-      client.proceed();
-      for (auto process: { &client, &server }) {
-        for (auto& place: placesOf(reportOfPlaces(*process))) passed.insert(place.first);
-        EXPECT_EQ(0, process->wait());
+      for (bool raw: { false, true }) {
+        alarm(120);
+        auto pair = newSocketPair();
+        int ends[] = { pair.mine, pair.peers };
+        std::vector<std::string> arguments { "record=1", "rare=1", "count=60", small };
+        PeerProcess first(kj::arrayPtr(&ends[0], 1),
+            mode.arguments(raw ? "send" : "serve", arguments), FAULT_PEER);
+        PeerProcess second(kj::arrayPtr(&ends[1], 1),
+            mode.arguments(raw ? "send" : "call", arguments), FAULT_PEER);
+        pair = SocketPair();
+        first.proceed();
+        second.proceed();
+        for (auto process: { &second, &first }) {
+          for (auto& place: placesOf(reportOfPlaces(*process))) passed.insert(place.first);
+          EXPECT_EQ(0, process->wait());
+        }
+        alarm(0);
       }
-      alarm(0);
     }
   }
   for (auto& place: placesInSource()) {
