@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <sstream>
 #include <stdlib.h>
+#include <sys/syscall.h>
 #include <thread>
 #include <unistd.h>
 
@@ -129,8 +130,15 @@ protected:
       auto count = how.countStops;
       auto when = how.systemCallStop;
       uint64_t stops = 0;
+      bool counting = false;
       result.tracer = kj::heap<SystemCallTracer>(result.process->getPid(),
-          [count, when, stops](StoppedProcess& stopped) mutable {
+          [count, when, stops, counting](StoppedProcess& stopped) mutable {
+        if (!counting) {
+          // Still at the gate.
+          counting = !stopped.entry && stopped.call.number == SYS_read &&
+              stopped.call.arguments[0] == REPORT_FD && stopped.result == 1;
+          return;
+        }
         ++stops;
         if (count != nullptr) *count = stops;
         if (stops == when) stopped.kill();
