@@ -62,7 +62,7 @@ private:
   T take() {
     T result = 0;
     auto bytes = takeBytes(sizeof(T));
-    memcpy(&result, bytes.begin(), bytes.size());
+    if (bytes.size() > 0) memcpy(&result, bytes.begin(), bytes.size());
     return result;
   }
 };

@@ -18,6 +18,7 @@ namespace {
 
 constexpr uint64_t BELL = ~uint64_t(0);
 constexpr byte MANY[] = { 15 };  // As many as giveBack() takes at once.
+constexpr byte LONG_PART[] = { 255, 1, 0 };  // As long as sendInParts() makes it, in region 0.
 
 }  // namespace
 
@@ -250,7 +251,6 @@ void SessionPeer::lie(Input& input) {
 
 void SessionPeer::finish(uint64_t sentByVictim, kj::Function<void(uint)> drop) {
   FUZZ_CHECK(agreed, "shared memory was not agreed on");
-  Input nothing(nullptr, 0);
   for (uint i = 0; i < Victim::MAX_HELD; i++) drop(i);
   for (uint round = 0; ; round++) {
     FUZZ_CHECK(round < 500, expected.size(), " messages of the peer's and ",
@@ -261,7 +261,10 @@ void SessionPeer::finish(uint64_t sentByVictim, kj::Function<void(uint)> drop) {
       Input many(MANY, sizeof(MANY));
       giveBack(many);
     } while (!toFree.empty());
-    if (partsMissing > 0) sendInParts(nothing);
+    if (partsMissing > 0) {
+      Input part(LONG_PART, sizeof(LONG_PART));
+      sendInParts(part);
+    }
     bell();
     socket.turn();
     if (taken == sentByVictim && partsMissing == 0 && expected.empty()) break;

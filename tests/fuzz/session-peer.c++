@@ -174,7 +174,7 @@ kj::Maybe<SessionPeer::Place> SessionPeer::allocate(Input& input, size_t words) 
   size_t bytes = (words * sizeof(word) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
   auto memory = region.memory.mapping.bytes();
   if (bytes > memory.size() - region.top) {
-    if (victimsHeader().consumed.load() < region.lastUse ||
+    if (region.lastAttempt == attempts || victimsHeader().consumed.load() < region.lastUse ||
         victimsHeader().freed.load() < handles) {
       return nullptr;
     }
@@ -183,7 +183,7 @@ kj::Maybe<SessionPeer::Place> SessionPeer::allocate(Input& input, size_t words) 
   }
   size_t offset = region.top;
   region.top += bytes;
-  region.lastUse = ~uint64_t(0);  // Until it is published.
+  region.lastAttempt = attempts;
   lastData = reinterpret_cast<uint64_t*>(memory.begin() + offset);
   lastDataWords = words;
   return Place { &region, lastData, offset };
@@ -199,6 +199,7 @@ uint64_t SessionPeer::newHandle(Input& input) {
 void SessionPeer::sendByReference(Input& input, bool table) {
   if (partsMissing > 0) return sendInParts(input);
   if (!canSend(MAX_DESCRIPTOR_LINES)) return;
+  ++attempts;
   uint inlineWords = input.takeFlag() ? 1 + input.below(12) : 0;
   uint count = 1 + (table ? input.below(60) : input.below(4));
   uint64_t body[MAX_BODY_WORDS];
@@ -250,6 +251,7 @@ void SessionPeer::sendByReference(Input& input, bool table) {
 
 void SessionPeer::sendInParts(Input& input) {
   if (!canSend(2)) return;
+  ++attempts;
   uint64_t body[3] = { FREE_BY_CONSUMPTION };
   if (partsMissing == 0) {
     uint count = 1 + input.below(3);

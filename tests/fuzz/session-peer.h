@@ -71,6 +71,7 @@ private:
     bool holdsRing = false;
     size_t top = 0;             // From where on there is room for data.
     uint64_t lastUse = 0;       // Position after the last descriptor that refers to it.
+    uint64_t lastAttempt = 0;   // At a descriptor that may refer to it.
   };
   struct Expected {
     uint64_t number;
@@ -93,6 +94,7 @@ private:
   bool ended = false;
   bool lied = false;
   uint64_t nextNumber = 0;
+  uint64_t attempts = 0;        // At descriptors.
   std::deque<Expected> expected;
   uint fdsAhead = 0;
   uint64_t handles = 0;         // That the victim was given.
