@@ -67,6 +67,7 @@ using kj::uint;
 constexpr uint MAX_FDS = 4;
 
 void passGate() {
+  progress();  // So that no mapping is made for it later.
   report("at the gate");
   awaitProceed();
   auto points = new FaultPoints();  // Until the process ends.
