@@ -29,7 +29,8 @@ void found(const char* file, int line, const char* condition, kj::StringPtr deta
   abort();
 }
 
-void Watch::logMessage(kj::LogSeverity severity, const char* file, int line, int, kj::String&& text) {
+void Watch::logMessage(
+    kj::LogSeverity severity, const char* file, int line, int, kj::String&& text) {
   FUZZ_CHECK(severity < kj::LogSeverity::WARNING, file, ":", line, " logs: ", text);
 }
 
