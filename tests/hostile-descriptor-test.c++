@@ -97,7 +97,7 @@ INSTANTIATE_TEST_SUITE_P(Messages, HostileDescriptor, testing::Values(
     published("UnknownRegion", "not mapped", { MESSAGE, 0, 1, 0, 0 },
         BY_CONSUMPTION + entry(1, 8, DATA)),
     published("RegionMax", "not mapped", { MESSAGE, 0, 1, 0, 0 },
-        BY_CONSUMPTION + entry(0xffffffff, 8, DATA)),
+        BY_CONSUMPTION + entry(SEALED_SEGMENT - 1, 8, DATA)),
     published("Misaligned", "outside its region", { MESSAGE, 0, 1, 0, 0 },
         BY_CONSUMPTION + entry(0, 8, DATA + 4)),
     published("Beyond", "outside its region", { MESSAGE, 0, 1, 0, 0 },

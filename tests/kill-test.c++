@@ -307,7 +307,7 @@ protected:
     honest->start(nullptr);
     honestRoot = honest->root();
     // Until all that belongs to the setting up is there or closed.
-    for (uint i = 0; i < 5; i++) checkHonest();
+    settle([this]() { checkHonest(); });
   }
 
   void TearDown() override {

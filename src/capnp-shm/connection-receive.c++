@@ -337,7 +337,10 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
     if (!more || failure != nullptr) return kj::READY_NOW;
     // As long as there is something to read, the port does not run by itself.
     if (getTurnEnd().mustYield()) {
-      return getTurnEnd().yieldToPort().then([this]() { return readControl(false); });
+      return getTurnEnd().yieldToPort().then([this]() -> kj::Promise<void> {
+        if (failure != nullptr) return kj::READY_NOW;
+        return readControl(false);
+      });
     }
     return readControl(false);
   }, [this](kj::Exception&& exception) -> kj::Promise<void> {
