@@ -338,8 +338,10 @@ private:
     static const char* const TYPES[] = { "FAILED", "OVERLOADED", "DISCONNECTED", "UNIMPLEMENTED" };
     std::string name = type < 0 ? "clean" : type < 4 ? TYPES[type] : "?";
     ++outcomes[name + ":" + withoutNumbers(description)];
+    // With an Abort the peer ends its connection in whatever words it likes, and of whatever type.
     bool clear = type < 0 || type == int(kj::Exception::Type::FAILED) ||
-        type == int(kj::Exception::Type::DISCONNECTED);
+        type == int(kj::Exception::Type::DISCONNECTED) ||
+        description.find("remote exception: ") != std::string::npos;
     if (!clear || description.size() < 5) {
       fail("a connection (" + std::string(attackName(attack)) + ") ended with " + name + ":" +
           description);
