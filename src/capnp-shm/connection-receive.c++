@@ -214,8 +214,12 @@ SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
     active();
     return kj::Own<capnp::IncomingRpcMessage>(kj::mv(*m));
   }
-  // Parts of a message are work too.
-  if (i.getCopiedBytes() != copied) getTurnEnd().count(i.getCopiedBytes() - copied);
+  if (i.getCopiedBytes() != copied) {
+    // Parts of a message are work too, and for the next ones room must be made.
+    getTurnEnd().count(i.getCopiedBytes() - copied);
+    if (i.publishConsumed(false)) servedInterests |= WANT_ROOM;
+    active();
+  }
   return nullptr;
 }
 

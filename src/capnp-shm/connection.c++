@@ -129,6 +129,8 @@ bool SharedMemoryConnection::poll() {
 }
 
 bool SharedMemoryConnection::prepare() {
+  // What the peer has consumed is news for messages that wait for room, and to be found by poll().
+  if (!waiting.empty()) return false;
   bool result = false;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     result = KJ_ASSERT_NONNULL(outbox)->prepare();
