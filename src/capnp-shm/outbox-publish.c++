@@ -60,7 +60,9 @@ void Outbox::tryGrowRing() {
     r.jump(target, kj::arrayPtr(
         reinterpret_cast<DescriptorLine*>(block->bytes().begin()), lines));
     faultPoint();
-    if (ringBlock != nullptr) inFlight.push_back({ r.getPosition(), nullptr, ringBlock, oldBytes, 0 });
+    if (ringBlock != nullptr) {
+      inFlight.push_back({ r.getPosition(), nullptr, ringBlock, oldBytes, 0 });
+    }
     ringBlock = block;
     timesFull = 0;
   }
