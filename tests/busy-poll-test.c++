@@ -293,14 +293,14 @@ TEST_F(BusyPoll, PausesBetweenRequestsDoNotSpoilTheSpinForAnswers) {
   a.quiet = true;
   uint64_t looks = 0;
   bool here = false;
-  a.isThere = [&]() { return ++looks > 20 && here; };
+  a.isThere = [&]() { return ++looks > 4 && here; };
   auto spins = [&]() {
     looks = 0;
     a.active();
     turn();
     return looks > 1;
   };
-  // One that calls with pauses: after each answer, found after twenty looks, nothing comes.
+  // One that calls with pauses: after each answer, found after a few looks, nothing comes.
   uint answerSpins = 0, requestSpins = 0;
   a.onProceed = [&]() { here = false; };
   for (uint i = 0; i < 100; i++) {

@@ -94,9 +94,6 @@ int call() {
   Peer peer(Side::CLIENT);
   peer.end->start(nullptr);
   auto root = peer.end->root();
-  // Once the offer is written, and the descriptor that went with it closed; but before there can be
-  // an answer.
-  kj::evalLast([]() {}).wait(peer.io.waitScope);
   peer.deny("denyOnceOffered");
   runWorkload(kj::mv(root), peer.io.waitScope);
   report(peer.transport());
