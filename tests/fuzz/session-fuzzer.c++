@@ -37,6 +37,7 @@ void step(Socket& socket, SessionPeer& peer, Victim& victim, Input& input, uint6
     case 19: peer.bell(); break;
     case 20: peer.sleep(input); break;
     case 21: case 22: case 23:
+      if (victim.isShutDown()) break;
       victim.send(sent++, input.below(4) == 0 ? input.below(12000) : input.below(300),
           input.below(4) == 0 ? input.below(600) : 0, input.below(8) == 0);
       break;
