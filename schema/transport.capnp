@@ -56,7 +56,7 @@ struct Control {
 
     bellSocketTaken @12 :Bool;
     # The answer: whether the receiver listens to it. Until then, and if not, the bells stay where
-    # they were.
+    # they were. False is also the answer to a `bell` that came with nothing attached.
 
     sealed @13 :Sealed;
     # As `fds`, for a message with sealed segments, whose files are attached. Only to a receiver

@@ -63,6 +63,7 @@ public:
       offer.setNonce(1234);
       offer.setRegionBytes(bytes);
       offer.setTakesBellSocket(takesBellSocket);
+      offer.setTrustsPeer(trustsPeer);
       KJ_IF_MAYBE(limit, maxFdsAhead) offer.setMaxFdsAhead(*limit);
     }, withFd ? kj::arrayPtr(&fd, 1) : nullptr);
   }
@@ -182,6 +183,7 @@ public:
   kj::Own<Connection> connection;
   kj::Promise<void> receiving;
   bool takesBellSocket = false;
+  bool trustsPeer = false;
   kj::Maybe<kj::uint> maxFdsAhead;  // What it offers, if not what is usual.
   kj::String failure = kj::str("");
   bool ended = false;

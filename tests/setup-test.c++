@@ -274,6 +274,43 @@ TEST(Setup, BellSocketWithoutItsDescriptorIsNotTaken) {
   EXPECT_EQ(peer.failure, "");
 }
 
+TEST(Setup, EventBellThatGotLostIsReplacedByTheSocket) {
+  SharedMemoryOptions options;
+  options.trustPeer = true;
+  HandMadePeer peer(options);
+  peer.trustsPeer = true;
+  peer.upgrade(FIRST_RING_LINES, false);
+  ASSERT_EQ(peer.readControl(), protocol::Control::BELL);
+  peer.writeControl([](protocol::Control::Builder control) { control.setSwitch(); });
+  // Our eventfd, which the network has no descriptor to spare for, say.
+  peer.writeControl([](protocol::Control::Builder control) { control.setBell(); });
+  auto message = peer.read();
+  auto control = KJ_ASSERT_NONNULL(asControl(message->getRoot<capnp::AnyPointer>()));
+  ASSERT_EQ(control.which(), protocol::Control::BELL_SOCKET_TAKEN);
+  EXPECT_FALSE(control.getBellSocketTaken());
+
+  // And its, which we lost: what was rung there is rung once more, and then on the socket alone.
+  auto expectBell = [&]() {
+    uint64_t bell = 0;
+    peer.pipe.ends[1]->read(&bell, sizeof(bell)).wait(peer.io.waitScope);
+    EXPECT_EQ(~uint64_t(0), bell);
+  };
+  peer.header().sleepWord.store(uint64_t(1) << SLEEP_EPOCH_SHIFT | WANT_DATA);
+  peer.send(8);
+  peer.settle();
+  peer.writeControl([](protocol::Control::Builder control) { control.setBellSocketTaken(false); });
+  expectBell();
+  for (uint epoch = 2; epoch < 6; epoch++) {
+    peer.header().sleepWord.store(uint64_t(epoch) << SLEEP_EPOCH_SHIFT | WANT_DATA);
+    peer.send(8);
+    expectBell();
+  }
+  // It can get lost only once.
+  EXPECT_EQ(peer.failure, "");
+  peer.writeControl([](protocol::Control::Builder control) { control.setBellSocketTaken(false); });
+  peer.expectFailure("not offered to it");
+}
+
 TEST(Setup, BellSocketWakes) {
   HandMadePeer peer;
   peer.upgrade();

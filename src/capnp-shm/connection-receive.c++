@@ -323,6 +323,11 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
             bellTask = listenToBell().eagerlyEvaluate([this](kj::Exception&& exception) {
               fail(kj::mv(exception));
             });
+          } else {
+            // Perhaps there was one, and this process had no descriptor to spare.
+            auto message = kj::heap<ControlMessage>();
+            message->get().setBellSocketTaken(false);
+            writeControl(kj::mv(message));
           }
         } else {
           handleControl(*control, f.fds.slice(0, fdCount));

@@ -321,16 +321,6 @@ void SharedMemoryConnection::ringPeer() {
     return;
   }
   if (bellSocketState == TAKEN && KJ_ASSERT_NONNULL(bellSocket)->ring()) return;
-  auto enqueueBell = [this]() {
-    // Only one, or a peer that reads nothing could make us queue them without bounds.
-    if (previousWrite == nullptr || writeFailed || bellQueued) return;
-    bellQueued = true;
-    previousWrite = enqueueWrite([this]() {
-      bellQueued = false;
-      outgoingStats.socketBytes += sizeof(BELL);
-      return stream.write(&BELL, sizeof(BELL));
-    }).eagerlyEvaluate(nullptr);
-  };
   if (pendingWrites > 0) {
     // Behind the frame that is being written.
     enqueueBell();
@@ -350,6 +340,17 @@ void SharedMemoryConnection::ringPeer() {
   // The kernel has no memory for it, say. As a write it is either made or breaks the connection; or
   // the peer would sleep for ever.
   enqueueBell();
+}
+
+void SharedMemoryConnection::enqueueBell() {
+  // Only one, or a peer that reads nothing could make us queue them without bounds.
+  if (previousWrite == nullptr || writeFailed || bellQueued) return;
+  bellQueued = true;
+  previousWrite = enqueueWrite([this]() {
+    bellQueued = false;
+    outgoingStats.socketBytes += sizeof(BELL);
+    return stream.write(&BELL, sizeof(BELL));
+  }).eagerlyEvaluate(nullptr);
 }
 
 kj::Promise<void> SharedMemoryConnection::shutdown() {

@@ -152,6 +152,14 @@ void SharedMemoryConnection::handleControl(
       return;
 
     case protocol::Control::BELL_SOCKET_TAKEN:
+      if (isMutualTrust() && !control.getBellSocketTaken() && !eventBellLost) {
+        eventBellLost = true;
+        if (peerBell == nullptr) return;
+        // What was rung there was not heard.
+        peerBell = nullptr;
+        enqueueBell();
+        return;
+      }
       KJ_REQUIRE(bellSocketState == OFFERED && bellSocket != nullptr,
           "peer answers for a bell that was not offered to it");
       if (control.getBellSocketTaken()) {

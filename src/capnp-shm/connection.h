@@ -120,7 +120,9 @@ private:
   kj::Maybe<SleepWord> sleepWord;
   kj::Maybe<PeerSleepWord> peerSleepWord;
   kj::Maybe<kj::Own<EventBell>> peerBell;
-  // To wake the peer, if both sides trust each other; else the socket is the bell.
+  bool eventBellLost = false;
+  // To wake the peer, if both sides trust each other; else, or if the peer had no descriptor to
+  // spare, the socket is the bell.
   kj::Maybe<kj::Own<BellSocket>> bellSocket;
   enum { UNTRIED, OFFERED, TAKEN } bellSocketState = UNTRIED;
   // To wake a peer that need not be trusted, once it proves to sleep often.
@@ -222,6 +224,7 @@ private:
       kj::Function<kj::Promise<void>()> write, bool rpcMessage = false);
   void countCall(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
   void ringPeer();
+  void enqueueBell();
   kj::Promise<void> whenWritten();
   kj::Promise<void> endWriting();
 
