@@ -298,7 +298,8 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     size_t rest = (segment.size() - progress.word) * sizeof(word);
     size_t wanted = kj::min(rest, kj::max(kj::min(limits.maxBytes / 16, MAX_PART), MIN_PART));
     if (partBytesInFlight + wanted > MAX_PARTS_IN_FLIGHT && !inFlight.empty()) return false;
-    auto place = findPlace(wanted, kj::min(wanted, CACHE_LINE));
+    // Not through any gap, however small: the reserve is larger, as soon as it is free.
+    auto place = findPlace(wanted, kj::min(wanted, reserve.size() / 2));
     if (place.bytes == nullptr) return false;
     size_t words = kj::min(wanted, place.bytes.size()) / sizeof(word);
     memcpy(place.bytes.begin(), segment.begin() + progress.word, words * sizeof(word));
