@@ -401,11 +401,11 @@ protected:
       end = nullptr;
       auto transport = process.line();
       auto failure = process.line();
-      EXPECT_EQ("0 fds 0 regions", process.line());
       checkSteady();
       steady->expectTransport(Transport::SHARED_MEMORY);
       steadyRoot = nullptr;
       steady = nullptr;
+      EXPECT_EQ("0 fds 0 regions", process.line());
       tracer->join();
       EXPECT_EQ(0, process.wait());
       state.slow.clear();

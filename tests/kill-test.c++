@@ -429,10 +429,17 @@ protected:
     KJ_DEFER(killer.join());
     meanwhile();
   }
+
+  void expectMostKilled(uint64_t killed) {
+    // Some are done before.
+    std::cout << killed << " of " << randomKills() << " killed before they were done" << std::endl;
+    EXPECT_GE(killed * 2, randomKills());
+  }
 };
 
 TEST_P(KillAtRandom, Clients) {
   srand48(4711);
+  uint64_t killed = 0;
   for (uint64_t i = 0; i < randomKills(); i++) {
     SCOPED_TRACE(i);
     alarm(120);
@@ -442,16 +449,19 @@ TEST_P(KillAtRandom, Clients) {
       auto ended = accept(*victim.stream);
       killSoon(*victim.process, [&]() { await(kj::mv(ended)); });
       victim.end();
+      killed += victim.killed;
     }
     checkHonest();
     EXPECT_EQ(before, resourcesOf());
     alarm(0);
     if (HasFailure()) return;
   }
+  expectMostKilled(killed);
 }
 
 TEST_P(KillAtRandom, Servers) {
   srand48(42);
+  uint64_t killed = 0;
   for (uint64_t i = 0; i < randomKills(); i++) {
     SCOPED_TRACE(i);
     alarm(120);
@@ -475,41 +485,50 @@ TEST_P(KillAtRandom, Servers) {
       root = nullptr;
       end = nullptr;
       victim.end();
+      killed += victim.killed;
     }
     EXPECT_EQ(before, resourcesOf());
     alarm(0);
     if (HasFailure()) return;
   }
+  expectMostKilled(killed);
+}
+
+std::set<std::string> placesPassed(const ProcessMode& mode, const char* small, bool raw) {
+  // By two of them that talk to each other: a client and a server, or two that send messages.
+  alarm(120);
+  auto pair = newSocketPair();
+  int ends[] = { pair.mine, pair.peers };
+  std::vector<std::string> arguments { "record=1", "rare=1", "count=60", small };
+  PeerProcess first(kj::arrayPtr(&ends[0], 1),
+      mode.arguments(raw ? "send" : "serve", arguments), FAULT_PEER);
+  PeerProcess second(kj::arrayPtr(&ends[1], 1),
+      mode.arguments(raw ? "send" : "call", arguments), FAULT_PEER);
+  pair = SocketPair();
+  first.proceed();
+  second.proceed();
+  std::set<std::string> result;
+  for (auto process: { &second, &first }) {
+    for (auto& place: placesOf(reportOfPlaces(*process))) result.insert(place.first);
+    EXPECT_EQ(0, process->wait());
+  }
+  alarm(0);
+  return result;
 }
 
 TEST(FaultPoints, AreAllPassedBySomeone) {
-  // Two of them talk to each other: a client and a server, or two that send messages.
-  std::set<std::string> passed;
-  for (auto& mode: sharedModes()) {
-    for (const char* small: { "small=0", "small=1" }) {
-      for (bool raw: { false, true }) {
-        alarm(120);
-        auto pair = newSocketPair();
-        int ends[] = { pair.mine, pair.peers };
-        std::vector<std::string> arguments { "record=1", "rare=1", "count=60", small };
-        PeerProcess first(kj::arrayPtr(&ends[0], 1),
-            mode.arguments(raw ? "send" : "serve", arguments), FAULT_PEER);
-        PeerProcess second(kj::arrayPtr(&ends[1], 1),
-            mode.arguments(raw ? "send" : "call", arguments), FAULT_PEER);
-        pair = SocketPair();
-        first.proceed();
-        second.proceed();
-        for (auto process: { &second, &first }) {
-          for (auto& place: placesOf(reportOfPlaces(*process))) passed.insert(place.first);
-          EXPECT_EQ(0, process->wait());
+  auto missing = placesInSource();
+  // Some depend on whether the other one is behind just then: those may take a few rounds.
+  for (uint round = 0; round < 20 && !missing.empty(); round++) {
+    for (auto& mode: sharedModes()) {
+      for (const char* small: { "small=0", "small=1" }) {
+        for (bool raw: { false, true }) {
+          for (auto& place: placesPassed(mode, small, raw)) missing.erase(place);
         }
-        alarm(0);
       }
     }
   }
-  for (auto& place: placesInSource()) {
-    EXPECT_EQ(1, passed.count(place)) << "never passed: " << place;
-  }
+  for (auto& place: missing) ADD_FAILURE() << "never passed: " << place;
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, KillAtRandom, testing::ValuesIn(sharedModes()), modeName);
