@@ -13,6 +13,9 @@ std::vector<LiveMode> liveModes() {
   SharedMemoryOptions options;
   options.maxBytes = 4 << 20;
   result.push_back({ "copy", options });
+  // Few messages are so large that the attackers' library seals them by itself; attackers by hand do.
+  options.sealedThresholdBytes = 16 << 10;
+  result.push_back({ "sealed", options });
   return result;
 }
 
@@ -47,6 +50,7 @@ const char* attackName(Attack attack) {
     case Attack::NEVER_FREES: return "never frees";
     case Attack::MID_FRAME: return "stops mid-frame";
     case Attack::CONTROLS: return "control messages";
+    case Attack::SEALED: return "sealed segments";
     case Attack::FCNTL: return "fcntl and such";
   }
   KJ_UNREACHABLE;

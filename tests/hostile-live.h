@@ -58,6 +58,7 @@ enum class Attack: uint {
   NEVER_FREES,
   MID_FRAME,          // Stops there, on the plain stream or after it.
   CONTROLS,           // Control messages in any order.
+  SEALED,             // Files that are said to be sealed, and what is in those that are.
   FCNTL               // And whatever else can be done to a descriptor that both sides hold.
 };
 constexpr uint ATTACKS = uint(Attack::FCNTL) + 1;
