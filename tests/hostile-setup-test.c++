@@ -203,12 +203,22 @@ INSTANTIATE_TEST_SUITE_P(OutOfOrder, HostileSetup, testing::Values(
       peer.mapped();
       peer.mapped();
     } },
+    Misdeed { "MappedAfterDeclined", "has declined ours", [](HostilePeer& peer) {
+      peer.agree();
+      peer.control([](auto c) { c.setDeclined("no"); });
+      peer.mapped();
+    }, false, true },
+    Misdeed { "DeclinedAfterMapped", "after it had mapped it", [](HostilePeer& peer) {
+      peer.agree();
+      peer.mapped();
+      peer.control([](auto c) { c.setDeclined("no"); });
+    } },
     Misdeed { "DeclinedTwice", "declined shared memory twice", [](HostilePeer& peer) {
       for (uint i = 0; i < 2; i++) peer.control([](auto c) { c.setDeclined("no"); });
     }, false, true },
     late("MappedLate", "not offered to it", [](auto c) { c.setMapped(); }),
     late("SwitchTwice", "before that was agreed", [](auto c) { c.setSwitch(); }),
-    late("DeclinedLate", "after it had switched", [](auto c) { c.setDeclined("no"); }),
+    late("DeclinedLate", "after it had mapped it", [](auto c) { c.setDeclined("no"); }),
     late("OfferLate", "offered shared memory twice", [](auto c) { c.initOffer(); }),
     late("BellLate", "impossible order", [](auto c) { c.setBell(); }),
     late("BellSocketAnswerForNothing", "not offered to it",

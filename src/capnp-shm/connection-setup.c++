@@ -75,7 +75,8 @@ bool SharedMemoryConnection::handlePlainBody(
       handleControl(*control, fds);
       return true;
     }
-    if (offered && !gotEcho && isEchoOfOffer(*b, nonce)) {
+    // Of one that has offered, and so knows what that is, it is no echo.
+    if (offered && !gotOffer && !gotEcho && isEchoOfOffer(*b, nonce)) {
       gotEcho = true;
       stayPlain("the peer does not know shared memory");
       return true;
@@ -102,7 +103,7 @@ void SharedMemoryConnection::handleControl(
     case protocol::Control::DECLINED:
       KJ_REQUIRE(!gotDeclined, "peer declined shared memory twice");
       gotDeclined = true;
-      KJ_REQUIRE(!incomingShared, "peer declined shared memory after it had switched to it");
+      KJ_REQUIRE(!gotMapped, "peer declined shared memory after it had mapped it");
       stayPlain(kj::str("the peer declined: ", control.getDeclined()));
       return;
 
@@ -306,6 +307,8 @@ void SharedMemoryConnection::handleRegion(
 
 void SharedMemoryConnection::handleMapped() {
   KJ_REQUIRE(offered && !gotMapped, "peer mapped a region that was not offered to it");
+  KJ_REQUIRE(gotOffer && !gotDeclined,
+      "peer mapped a region, but has not offered one or has declined ours", gotDeclined);
   gotMapped = true;
   if (!sentMapped) return;   // We declined.
 
