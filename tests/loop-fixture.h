@@ -22,6 +22,13 @@ constexpr bool SANITIZED = false;
 #endif
 // Whether everything takes a multiple of the usual time, so that counts should be lower.
 
+#ifdef CAPNP_SHM_EMULATED
+constexpr bool EMULATED = true;
+#else
+constexpr bool EMULATED = false;
+#endif
+// Whether another processor is emulated, on which that is even truer.
+
 class LoopFixture {
   // An event loop, and ways to wait on it which end.
 
