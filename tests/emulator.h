@@ -7,12 +7,15 @@
 
 #include <errno.h>
 #include <gtest/gtest.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <kj/debug.h>
+#include <kj/io.h>
 
 namespace capnpshm {
 
@@ -52,9 +55,50 @@ inline bool isAddressSpaceLimited() {
   return WIFEXITED(status) && WEXITSTATUS(status) == 1;
 }
 
+inline bool areExcessFdsClosed() {
+  // Those for which a receiver has no room. An emulator may have received them itself.
+  int pair[2];
+  KJ_SYSCALL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+  kj::AutoCloseFd first(pair[0]), second(pair[1]);
+  char byte = 0;
+  struct iovec part { &byte, 1 };
+  struct msghdr message {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  alignas(struct cmsghdr) char space[CMSG_SPACE(sizeof(int) * 4)];
+  message.msg_control = space;
+  message.msg_controllen = sizeof(space);
+  auto header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(sizeof(int) * 4);
+  for (int i = 0; i < 4; i++) memcpy(CMSG_DATA(header) + i * sizeof(int), &pair[0], sizeof(int));
+  KJ_SYSCALL(sendmsg(first, &message, 0));
+  // The lowest free number tells what is open.
+  auto lowest = [&]() {
+    int fd;
+    KJ_SYSCALL(fd = dup(first));
+    close(fd);
+    return fd;
+  };
+  int before = lowest();
+  message.msg_controllen = CMSG_SPACE(sizeof(int));
+  KJ_SYSCALL(recvmsg(second, &message, MSG_CMSG_CLOEXEC));
+  size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+  for (size_t i = 0; i < count; i++) {
+    int fd;
+    memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
+    close(fd);
+  }
+  return lowest() == before;
+}
+
 #define CAPNP_SHM_NEEDS_SECCOMP \
   if (!isSeccompThere()) GTEST_SKIP() << "seccomp is not there, as under qemu-user"
 #define CAPNP_SHM_NEEDS_MADVISE \
   if (!isMadviseThere()) GTEST_SKIP() << "madvise() does nothing, as under qemu-user"
+#define CAPNP_SHM_NEEDS_EXCESS_FDS_CLOSED \
+  if (!areExcessFdsClosed()) \
+    GTEST_SKIP() << "descriptors that are cut off are not closed, as under qemu-user"
 
 }  // namespace capnpshm

@@ -304,7 +304,8 @@ private:
         if (header.msg_controllen == 0) return;
         header.msg_controllen = 0;
         stopped.write(call.arguments[1], header);
-        break;
+        active = true;
+        return;  // It counts if there were any: see leave().
     }
     active = true;
     ++hits;
@@ -312,6 +313,11 @@ private:
 
   void leave(StoppedProcess& stopped) {
     auto& call = stopped.call;
+    if (fault.effect == Effect::NO_FDS) {
+      bool cut = (stopped.read<msghdr>(call.arguments[1]).msg_flags & MSG_CTRUNC) != 0;
+      if (stopped.result >= 0 && cut) ++hits;
+      return;
+    }
     if (fault.effect == Effect::FAIL) {
       // brk() has no error but that nothing changes.
       stopped.setResult(call.number == SYS_brk ? int64_t(currentBreak) : -error);

@@ -2,6 +2,7 @@
 
 #include <capnp-shm/sealed.h>
 
+#include "emulator.h"
 #include "process-limits.h"
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -74,6 +75,7 @@ TEST(SealedSegments, BudgetCountsWhatIsMapped) {
 }
 
 TEST(SealedSegments, WhatCannotBeMappedIsCopied) {
+  CAPNP_SHM_NEEDS_SECCOMP;
   Segment segment(5);
   auto budget = kj::atomicRefcounted<SealedBudget>(1 << 20);
   pid_t child = fork();
