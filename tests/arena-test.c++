@@ -70,7 +70,7 @@ TEST(Arena, RandomOperationsAgainstModel) {
     std::map<byte*, Taken> model;
     size_t inUse = 0;
 
-    for (int step = 0; step < (SANITIZED ? 5000 : 20000); step++) {
+    for (int step = 0; step < (SLOW ? 5000 : 20000); step++) {
       if (random() % 8 == 0) arena.zeroSome(random() % 8192);
       if (random() % 100 < 52) {
         size_t bytes = 1 + random() % (size_t(1) << (random() % 17));

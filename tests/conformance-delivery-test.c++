@@ -193,7 +193,7 @@ TEST_P(Delivery, ResponsesHeldWhileThousandsPass) {
   auto link = connect(state);
   auto root = link->client->root();
   constexpr uint HELD = 60;
-  uint passing = SANITIZED ? 300 : 3000;
+  uint passing = SLOW ? 300 : 3000;
   std::vector<capnp::Response<Root::FillResults>> held;
   for (uint i = 0; i < HELD; i++) held.push_back(await(fill(root, sizeOf(i), i)));
   for (uint round = 0; round < 3; round++) {
@@ -356,7 +356,7 @@ TEST_P(Delivery, WaitTimeOfOutgoingMessages) {
   turn();
 
   // What does not fit into shared memory waits as long as the peer does not read.
-  constexpr size_t LARGE = SANITIZED ? 1 << 20 : 12 << 20;
+  constexpr size_t LARGE = SLOW ? 1 << 20 : 12 << 20;
   sendMessage(*raw->client, 3, LARGE);
   turn();
   sendMessage(*raw->client, 4, 100);
@@ -402,7 +402,7 @@ TEST_P(Delivery, SendAfterShutdown) {
 // The time of the upgrade
 
 TEST_P(Delivery, CallsDuringTheUpgradeArriveInOrderOnce) {
-  for (uint pause = 0; pause < 24; pause += SANITIZED ? 4 : 1) {
+  for (uint pause = 0; pause < 24; pause += SLOW ? 4 : 1) {
     ServerState atServer, atClient;
     auto link = connect(capnp::Capability::Client(kj::heap<RootImpl>(atServer)), LinkOptions(),
         capnp::Capability::Client(kj::heap<RootImpl>(atClient)));

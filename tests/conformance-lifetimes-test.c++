@@ -216,7 +216,7 @@ TEST_P(Lifetimes, OnDisconnectWaitsForWhatTheApplicationSentBefore) {
 
 TEST_P(Lifetimes, ThousandConnectionsLeaveNothing) {
   Resources first;
-  bool quick = SANITIZED || mode().client.kind != EndMode::CONTEXT || mode().client.small;
+  bool quick = SLOW || mode().client.kind != EndMode::CONTEXT || mode().client.small;
   uint count = quick ? 100 : 1000;
   for (uint i = 0; i < count; i++) {
     auto link = connect(state);

@@ -20,7 +20,7 @@ protected:
     // and into the first blocks, then around every power of two.
     std::vector<size_t> result;
     for (size_t words = 0; words < 160; words++) result.push_back(words * 8);
-    for (size_t words = 128; words <= (SANITIZED ? 32u << 10 : 512u << 10); words *= 2) {
+    for (size_t words = 128; words <= (SLOW ? 32u << 10 : 512u << 10); words *= 2) {
       for (size_t bytes: { words * 8 - 8, words * 8, words * 8 + 3, words * 8 + 8 }) {
         result.push_back(bytes);
       }

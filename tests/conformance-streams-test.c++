@@ -57,7 +57,7 @@ INSTANTIATE_TEST_SUITE_P(Modes, Streams, testing::ValuesIn(allModes()), modeName
 TEST_P(Streams, ManySizesInOrder) {
   auto link = connect(state);
   auto sink = await(link->client->root().openRequest().send()).getSink();
-  uint count = SANITIZED ? 150 : 1500;
+  uint count = SLOW ? 150 : 1500;
   for (uint i = 0; i < count; i++) await(put(sink, i, i % 500 == 77 ? 700000 : sizeOf(i)));
   expectTotal(sink, count);
 }
@@ -67,7 +67,7 @@ TEST_P(Streams, SentWithoutWaiting) {
   auto link = connect(state);
   auto sink = link->client->root().openRequest().send().getSink();
   kj::Vector<kj::Promise<void>> promises;
-  uint count = SANITIZED ? 200 : 2000;
+  uint count = SLOW ? 200 : 2000;
   for (uint i = 0; i < count; i++) promises.add(put(sink, i, sizeOf(i)));
   expectTotal(sink, count);
   await(kj::joinPromises(promises.releaseAsArray()));
@@ -78,7 +78,7 @@ TEST_P(Streams, TwoStreamsBothWays) {
       capnp::Capability::Client(kj::heap<RootImpl>(mine)));
   auto up = await(link->client->root().openRequest().send()).getSink();
   auto down = await(link->server->root().openRequest().send()).getSink();
-  uint count = SANITIZED ? 100 : 1000;
+  uint count = SLOW ? 100 : 1000;
   kj::Function<kj::Promise<void>(Sink::Client&, uint)> pump =
       [&](Sink::Client& sink, uint i) -> kj::Promise<void> {
     if (i == count) return kj::READY_NOW;
@@ -181,7 +181,7 @@ TEST_P(Streams, FlowLimitOfTheReceiver) {
   KJ_ASSERT_NONNULL(link->server->rpc).setFlowLimit(2000);
   auto root = link->client->root();
   std::vector<kj::Promise<capnp::Response<Root::EchoResults>>> promises;
-  uint count = SANITIZED ? 60 : 600;
+  uint count = SLOW ? 60 : 600;
   auto slow = root.slowRequest().send();
   for (uint i = 0; i < count; i++) {
     auto request = root.echoRequest();
@@ -208,7 +208,7 @@ TEST_P(Streams, ReceiversThatStopReading) {
   options.maxBytes = 512 * 1024;
   auto raw = connectRaw(options);
   settle(*raw);
-  uint count = SANITIZED ? 400 : 3000;
+  uint count = SLOW ? 400 : 3000;
   auto expectWithinLimit = [&]() {
     for (auto end: { raw->link.client.get(), raw->link.server.get() }) {
       KJ_IF_MAYBE(stats, end->network.getStats()) {
@@ -255,7 +255,7 @@ TEST_P(Streams, ReceiverThatStopsAndHolds) {
   options.maxBytes = 512 * 1024;
   auto raw = connectRaw(options);
   settle(*raw);
-  uint count = SANITIZED ? 150 : 600;
+  uint count = SLOW ? 150 : 600;
   std::vector<Incoming> held;
   for (uint i = 0; i < count; i++) {
     sendMessage(*raw->client, i, sizeOf(i));
@@ -287,7 +287,7 @@ TEST_P(Streams, MemoryDoesNotGrowWhileOneMessageIsHeld) {
   auto params = never.send();
 
   kj::StringPtr name = mode().name;
-  uint total = SANITIZED ? 5000 : name == "Untrusted" || name == "TrustedPort" ? 1000000 : 20000;
+  uint total = SLOW ? 5000 : name == "Untrusted" || name == "TrustedPort" ? 1000000 : 20000;
   constexpr uint BATCH = 250;
   for (uint done = 0; done < total; done += BATCH) {
     auto promises = kj::heapArrayBuilder<kj::Promise<int64_t>>(BATCH);
@@ -357,7 +357,7 @@ size_t availableMemory() {
 TEST_P(HugeMessages, OneGibibyte) {
   constexpr size_t WORDS = size_t(1) << 27;
   constexpr size_t STEP = 512;  // A word of every page.
-  if (SANITIZED) GTEST_SKIP() << "too slow with a sanitizer";
+  if (SLOW) GTEST_SKIP() << "too slow with a sanitizer or an emulator";
   if (availableMemory() < size_t(4) << 30) GTEST_SKIP() << "needs 4 GiB of available memory";
 
   LinkOptions options;
@@ -398,7 +398,7 @@ INSTANTIATE_TEST_SUITE_P(Modes, ThreadedStreams, testing::ValuesIn(socketModes()
 TEST_P(ThreadedStreams, ManySizesInOrder) {
   auto server = connectThread(state);
   auto sink = await(server->client->root().openRequest().send()).getSink();
-  uint count = SANITIZED ? 200 : 3000;
+  uint count = SLOW ? 200 : 3000;
   uint64_t n = 0;
   for (uint i = 0; i < count; i++) {
     await(put(sink, n++, i % 100 == 50 ? 300000 : i * 37 % 2000));
@@ -415,7 +415,7 @@ TEST_P(ThreadedStreams, BulkBothWays) {
   auto root = server->client->root();
   // Or all could be sent, and come back, before the end of the set-up gets through.
   await(root.sequenceRequest().send());
-  uint count = SANITIZED ? 30 : 300;
+  uint count = SLOW ? 30 : 300;
   std::vector<kj::Promise<capnp::Response<Root::EchoResults>>> promises;
   auto size = [](uint i) { return size_t(i * 977 % 50000); };
   for (uint i = 0; i < count; i++) {

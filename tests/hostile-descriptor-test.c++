@@ -272,7 +272,7 @@ TEST_F(HostileTest, RandomDescriptors) {
     return values.begin()[size_t(lrand48()) % values.size()];
   };
   uint delivered = 0, refused = 0;
-  for (uint round = 0; round < (SANITIZED ? 300 : 1500); round++) {
+  for (uint round = 0; round < (SLOW ? 300 : 1500); round++) {
     HostilePeer peer(io);
     auto end = kj::mv(peer.victimsEnd);
     SharedMemoryContext context { &io.unixEventPort, SharedMemoryOptions() };

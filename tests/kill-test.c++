@@ -38,7 +38,7 @@ bool everyStep() { return getenv("CAPNP_SHM_KILL_EVERY_STEP") != nullptr; }
 
 uint64_t randomKills() {
   auto text = getenv("CAPNP_SHM_RANDOM_KILLS");
-  return text != nullptr ? strtoull(text, nullptr, 10) : SANITIZED ? 40 : 200;
+  return text != nullptr ? strtoull(text, nullptr, 10) : SLOW ? 40 : 200;
 }
 
 void expectDisconnected(const kj::Exception& exception) {
@@ -186,7 +186,7 @@ protected:
     }
     // Each life is a little different.
     EXPECT_GE(kills, places.size() * 9 / 10);
-    uint64_t stride = everyStep() ? 1 : total / (SANITIZED ? 10 : 40) + 1;
+    uint64_t stride = everyStep() ? 1 : total / (SLOW ? 10 : 40) + 1;
     uint64_t survived = 0;
     for (uint64_t step = 1; survived < 3; step += stride) {
       SCOPED_TRACE(kj::str("step ", step).cStr());
@@ -210,7 +210,7 @@ protected:
     counted.countStops = &total;
     EXPECT_FALSE(run(counted).killed);
     EXPECT_GT(total, 100);
-    uint64_t stride = everyStep() ? 1 : total / (SANITIZED ? 10 : 60) + 1;
+    uint64_t stride = everyStep() ? 1 : total / (SLOW ? 10 : 60) + 1;
     uint64_t kills = 0, survived = 0;
     for (uint64_t stop = 1; survived < 3; stop += stride) {
       SCOPED_TRACE(kj::str("stop ", stop).cStr());

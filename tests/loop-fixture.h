@@ -9,25 +9,26 @@
 
 namespace capnpshm {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool SANITIZED = true;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-constexpr bool SANITIZED = true;
-#else
-constexpr bool SANITIZED = false;
-#endif
-#else
-constexpr bool SANITIZED = false;
-#endif
-// Whether everything takes a multiple of the usual time, so that counts should be lower.
-
 #ifdef CAPNP_SHM_EMULATED
 constexpr bool EMULATED = true;
 #else
 constexpr bool EMULATED = false;
 #endif
-// Whether another processor is emulated, on which that is even truer.
+// Whether this runs under an emulator of another processor.
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool SLOW = true;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+constexpr bool SLOW = true;
+#else
+constexpr bool SLOW = EMULATED;
+#endif
+#else
+constexpr bool SLOW = EMULATED;
+#endif
+// Whether everything takes a multiple of the usual time, so that counts should be lower: with a
+// sanitizer, or under an emulator.
 
 class LoopFixture {
   // An event loop, and ways to wait on it which end.

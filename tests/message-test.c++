@@ -260,7 +260,7 @@ TEST(OutgoingMessage, DestroyedOnAnotherThread) {
   auto outbox = kj::atomicRefcounted<Outbox>(
       OutboxLimits { 32 << 10, 1 << 20, 0 }, kj::atomicAddRef(*wake));
   CountingSender sender;
-  for (uint i = 0; i < (SANITIZED ? 20u : 200u); i++) {
+  for (uint i = 0; i < (SLOW ? 20u : 200u); i++) {
     auto message = kj::atomicRefcounted<OutgoingMessage>(kj::atomicAddRef(*outbox), sender, 300);
     memset(message->getBody().initAs<capnp::Data>(2000).begin(), 0xff, 2000);
     EXPECT_GT(outbox->getArenaBytesInUse(), 2000u);

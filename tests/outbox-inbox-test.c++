@@ -149,11 +149,11 @@ protected:
 TEST_P(RandomTraffic, ArrivesByteForByte) {
   auto& param = GetParam();
   largest = param.largest;
-  for (seed = 1; seed <= (SANITIZED ? 3 : 12); seed++) {
+  for (seed = 1; seed <= (SLOW ? 3 : 12); seed++) {
     Random random(seed);
     Pair pair(param.options);
     Direction directions[] = { { pair.a, pair.b }, { pair.b, pair.a } };
-    for (uint i = 0; i < (SANITIZED ? 4000 : 20000); i++) {
+    for (uint i = 0; i < (SLOW ? 4000 : 20000); i++) {
       step(pair, directions[random.below(2)], random);
       if (HasFatalFailure() || HasFailure()) FAIL() << "seed " << seed << ", step " << i;
     }
@@ -195,7 +195,7 @@ EndOptions inPlaceOptions() {
 TEST(OutboxInbox, OneMessageHeldWhileAMillionPass) {
   // In-place: the held one keeps its block, and nothing grows because of it.
   Pair pair(inPlaceOptions());
-  constexpr uint64_t COUNT = SANITIZED ? 20000 : 1000000;
+  constexpr uint64_t COUNT = SLOW ? 20000 : 1000000;
   auto shapeOf = [](uint64_t number) {
     return number % 2 ? Shape::inlined(number) : Shape::ofBytes(number, 200 + number % 1000);
   };

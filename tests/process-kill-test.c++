@@ -80,7 +80,7 @@ TEST_P(ProcessEnd, KilledAtAnyMoment) {
   auto before = resourcesOf();
   srand48(4711);
   size_t largestGap = 0;
-  for (uint round = 0; round < (SANITIZED ? 6 : 30); round++) {
+  for (uint round = 0; round < (SLOW ? 6 : 30); round++) {
     auto peer = start(mode().arguments("send", { "count=0", round % 2 ? "small=1" : "small=0" }));
     auto end = newEnd(kj::mv(peer.stream), Side::SERVER);
     auto connection = rawConnection(*end);
@@ -135,7 +135,7 @@ TEST_P(ProcessEnd, ServerGoesOnWhenAClientIsKilled) {
 
   auto before = resourcesOf();
   srand48(42);
-  for (uint round = 0; round < (SANITIZED ? 4 : 12); round++) {
+  for (uint round = 0; round < (SLOW ? 4 : 12); round++) {
     auto peer = start(mode().arguments("load"));
     auto ended = serve(*peer.stream);
     uint calls = state.calls;
@@ -159,7 +159,7 @@ TEST_P(ProcessEnd, ServerGoesOnWhenAClientIsKilled) {
 TEST_P(ProcessEnd, CallsToAKilledServerFailAsDisconnected) {
   auto before = resourcesOf();
   srand48(1);
-  for (uint round = 0; round < (SANITIZED ? 4 : 12); round++) {
+  for (uint round = 0; round < (SLOW ? 4 : 12); round++) {
     auto peer = start(mode().arguments("serve"));
     auto end = newEnd(kj::mv(peer.stream), Side::CLIENT);
     end->start(nullptr);

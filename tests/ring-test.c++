@@ -362,7 +362,7 @@ TEST(Ring, RefusesImpossibleSizes) {
 TEST(Ring, TwoThreads) {
   // The same memory seen from two threads, through laps at every alignment and two JUMPs.
   // ThreadSanitizer checks the memory orders.
-  constexpr uint64_t COUNT = EMULATED ? 20000 : SANITIZED ? 60000 : 400000;
+  constexpr uint64_t COUNT = EMULATED ? 20000 : SLOW ? 60000 : 400000;
   RingMemory memories[3] = { RingMemory(16), RingMemory(32), RingMemory(64) };
   SharedWord consumed{16};
   auto shapeOf = [](uint64_t i) { return uint(i * 2654435761 >> 7) % (MAX_BODY_WORDS + 1); };
@@ -416,7 +416,7 @@ TEST(Ring, TwoThreads) {
 
 TEST(Ring, FreeRingTwoThreads) {
   // Blocks go round: the sender writes one, the reader reads it and frees its handle.
-  constexpr uint64_t COUNT = EMULATED ? 20000 : SANITIZED ? 30000 : 300000;
+  constexpr uint64_t COUNT = EMULATED ? 20000 : SLOW ? 30000 : 300000;
   constexpr uint BLOCKS = 8;
   SharedWord entries[BLOCKS] = {};
   SharedWord freed{0};

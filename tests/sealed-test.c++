@@ -160,7 +160,7 @@ TEST_F(Sealed, LargeSegmentsAreNotCopied) {
 
 TEST_F(Sealed, OrderIsKeptAmongAllKindsOfMessages) {
   connect();
-  constexpr uint64_t COUNT = SANITIZED ? 150 : 501;
+  constexpr uint64_t COUNT = SLOW ? 150 : 501;
   for (uint64_t i = 0; i < COUNT; i++) {
     sendNumbered(*client->connection, i, i % 7 * 5000 + 10);
     if (i % 3 == 0) sendNumbered(*server->connection, i / 3, i % 5 * 9000 + 10);
@@ -374,7 +374,7 @@ TEST_F(Sealed, NoMoreFilesAreAheadThanThePeerAllows) {
   server->pause();
   turn();
   auto before = resourcesOf();
-  constexpr uint64_t COUNT = SANITIZED ? 100 : 200;
+  constexpr uint64_t COUNT = SLOW ? 100 : 200;
   for (uint64_t i = 0; i < COUNT; i++) {
     sendNumbered(*client->connection, i, LARGE);
     turn();
@@ -394,7 +394,7 @@ TEST_F(Sealed, AMessageInPartsMayHaveHadSealedSegments) {
   connect(options);
   auto foreign = kj::heapArray<capnp::word>(40 << 10);
   memset(foreign.asBytes().begin(), 7, foreign.asBytes().size());
-  constexpr uint ROUNDS = SANITIZED ? 10 : 50;
+  constexpr uint ROUNDS = SLOW ? 10 : 50;
   for (uint round = 0; round < ROUNDS; round++) {
     auto message = client->connection->newOutgoingMessage(0);
     auto call = message->getBody().initAs<capnp::rpc::Message>().initCall();

@@ -88,7 +88,7 @@ public:
     }
     // In the first rounds the allocator learns how much is needed; after them the second half must
     // not need more than the first did, but for what fragmentation makes of it.
-    if (SANITIZED) {
+    if (SLOW) {
       std::cout << "soak: resident memory is not compared, since a sanitizer keeps what was freed\n";
     } else {
       size_t server = 0, driver = 0;

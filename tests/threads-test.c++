@@ -141,7 +141,7 @@ INSTANTIATE_TEST_SUITE_P(Modes, ThreadCalls, testing::ValuesIn(modes(true)), mod
 TEST_P(ThreadCalls, ResultsBuiltOnOtherThreads) {
   auto thread = connectThread(state);
   auto root = thread->client->root();
-  constexpr uint ROUNDS = SANITIZED ? 4 : 20;
+  constexpr uint ROUNDS = SLOW ? 4 : 20;
   for (uint round = 0; round < ROUNDS; round++) {
     auto promises = kj::heapArrayBuilder<kj::Promise<void>>(8);
     for (uint i = 0; i < 8; i++) {
@@ -166,7 +166,7 @@ TEST_P(ThreadCalls, ParamsReadAndResultsBuiltByAPoolOfWorkers) {
   });
   thread->client->start(nullptr);
   auto root = thread->client->root();
-  constexpr uint ROUNDS = SANITIZED ? 10 : 60;
+  constexpr uint ROUNDS = SLOW ? 10 : 60;
   for (uint round = 0; round < ROUNDS; round++) {
     auto promises = kj::heapArrayBuilder<kj::Promise<void>>(20);
     for (uint i = 0; i < 20; i++) {
@@ -184,7 +184,7 @@ TEST_P(ThreadCalls, ParamsReadAndResultsBuiltByAPoolOfWorkers) {
 TEST_P(ThreadCalls, RequestsBuiltAndResponsesReadOnOtherThreads) {
   auto thread = connectThread(state);
   auto root = thread->client->root();
-  for (uint i = 0; i < (SANITIZED ? 20 : 100); i++) {
+  for (uint i = 0; i < (SLOW ? 20 : 100); i++) {
     auto data = pattern(i % 10 == 9 ? 100000 : i * 50, i);
     // The request, on a thread of its own, while the loop waits for that.
     kj::Maybe<capnp::Request<Root::EchoParams, Root::EchoResults>> request;
@@ -267,7 +267,7 @@ protected:
     return KJ_ASSERT_NONNULL(await(ends.to->receiveIncomingMessage()));
   }
 
-  uint count() { return SANITIZED ? 300 : 3000; }
+  uint count() { return SLOW ? 300 : 3000; }
 };
 
 INSTANTIATE_TEST_SUITE_P(Modes, ThreadMessages, testing::ValuesIn(modes(false)), modeName);
@@ -432,7 +432,7 @@ TEST_P(ThreadLoops, MessagesOutliveTheirLoopAndItsThread) {
 
 TEST_P(ThreadMessages, DestroyedElsewhereWhileTheConnectionGoesDown) {
   // Neither waits for the other, and neither touches what the other has destroyed.
-  for (uint round = 0; round < (SANITIZED ? 20 : 100); round++) {
+  for (uint round = 0; round < (SLOW ? 20 : 100); round++) {
     Workers workers(WORKERS);
     auto own = connectEnds();
     auto& ends = *own;

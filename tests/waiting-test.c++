@@ -56,7 +56,7 @@ TEST_P(Waiting, RoomIsNotOverlookedWhileThereIsTimeToPrepare) {
   // A large block is in use, so there may be one to be zeroed ahead.
   auto held = root.echoRequest();
   held.initData(20000);
-  for (uint i = 0; i < (SANITIZED ? 20 : 200); i++) {
+  for (uint i = 0; i < (SLOW ? 20 : 200); i++) {
     auto request = root.echoRequest();
     auto data = pattern(400000, i);
     request.setData(data);
