@@ -93,10 +93,24 @@ inline bool areExcessFdsClosed() {
   return lowest() == before;
 }
 
+inline bool canMapAgain() {
+  // What is mapped already, at another address: mremap() of no bytes.
+  size_t size = sysconf(_SC_PAGESIZE);
+  void* page = mmap(nullptr, size, PROT_READ, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  KJ_ASSERT(page != MAP_FAILED);
+  KJ_DEFER(munmap(page, size));
+  void* other = mremap(page, 0, size, MREMAP_MAYMOVE);
+  if (other == MAP_FAILED) return false;
+  munmap(other, size);
+  return true;
+}
+
 #define CAPNP_SHM_NEEDS_SECCOMP \
   if (!isSeccompThere()) GTEST_SKIP() << "seccomp is not there, as under qemu-user"
 #define CAPNP_SHM_NEEDS_MADVISE \
   if (!isMadviseThere()) GTEST_SKIP() << "madvise() does nothing, as under qemu-user"
+#define CAPNP_SHM_NEEDS_MAPPING_AGAIN \
+  if (!canMapAgain()) GTEST_SKIP() << "mremap() maps nothing twice, as under qemu-user"
 #define CAPNP_SHM_NEEDS_EXCESS_FDS_CLOSED \
   if (!areExcessFdsClosed()) \
     GTEST_SKIP() << "descriptors that are cut off are not closed, as under qemu-user"

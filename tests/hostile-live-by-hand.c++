@@ -289,7 +289,6 @@ void abuseDescriptors(RawPeer& raw, uint milliseconds) {
     auto& random = t.random;
     int fd = random() % 2 == 0 ? victims : own;
     int flags = fcntl(fd, F_GETFL);
-    char word[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
     struct flock lock {};
     lock.l_type = F_WRLCK;
     bool changed = false;
@@ -305,17 +304,7 @@ void abuseDescriptors(RawPeer& raw, uint milliseconds) {
       case 8: lseek(fd, random() % bytes, SEEK_SET); break;
       case 9: fcntl(socket, F_SETFL, fcntl(socket, F_GETFL) ^ O_ASYNC); break;
       // What must be impossible:
-      case 10: changed = ftruncate(fd, random() % 2 * 4096) == 0; break;
-      case 11: changed = ftruncate(fd, 2 * bytes) == 0; break;
-      case 12:
-        changed = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 4096) == 0;
-        break;
-      case 13: changed = pwrite(fd, word, 8, 8) > 0; break;
-      case 14: {
-        void* map = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        changed = map != MAP_FAILED;
-        break;
-      }
+      case 10: case 11: case 12: case 13: case 14: changed = tryToChange(fd, random); break;
       case 15: {
         auto memory = raw.victimsMemory();
         changed = mprotect(memory.begin(), memory.size(), PROT_READ | PROT_WRITE) == 0;

@@ -5,7 +5,11 @@
 #include "handover.h"
 #include <capnp/rpc.capnp.h>
 #include <capnp/serialize.h>
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <kj/debug.h>
 
 namespace capnpshm {
@@ -52,11 +56,6 @@ bool RawPeer::trySend(uint64_t word) {
   return ::send(socket(), &word, sizeof(word), MSG_DONTWAIT | MSG_NOSIGNAL) == sizeof(word);
 }
 
-void RawPeer::frame(capnp::MessageBuilder& message, kj::ArrayPtr<const int> fds) {
-  peer.write(message, fds);
-  ++deeds;
-}
-
 const RegionHeader& RawPeer::victimsHeader() {
   return *reinterpret_cast<const RegionHeader*>(victimsMemory().begin());
 }
@@ -94,6 +93,40 @@ void RawPeer::refuse(uint id) {
   auto flat = capnp::messageToFlatArray(message.getMessage());
   // Small, and if the victim does not read it, then it does not want it.
   ::send(socket(), flat.begin(), flat.asBytes().size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+// Files ------------------------------------------------------------------------
+
+namespace {
+
+bool tryToWrite(int fd, size_t bytes) {
+  char word[8] = {};
+  if (pwrite(fd, word, sizeof(word), 8) > 0) return true;
+  void* map = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (map != MAP_FAILED) munmap(map, bytes);
+  return map != MAP_FAILED;
+}
+
+}  // namespace
+
+bool tryToChange(int fd, std::mt19937_64& random) {
+  struct stat stats;
+  KJ_SYSCALL(fstat(fd, &stats));
+  size_t bytes = stats.st_size;
+  switch (random() % 6) {
+    case 0: return tryToWrite(fd, bytes);
+    case 1: return ftruncate(fd, bytes / 2) == 0 || ftruncate(fd, 0) == 0;
+    case 2: return ftruncate(fd, 2 * bytes) == 0;
+    case 3: return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, bytes) == 0;
+    case 4: return fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, 0, bytes) == 0;
+    default: {
+      // By another descriptor of the same file.
+      int again = open(kj::str("/proc/self/fd/", fd).cStr(), O_RDWR | O_CLOEXEC);
+      if (again < 0) return false;
+      kj::AutoCloseFd own(again);
+      return tryToWrite(own, bytes);
+    }
+  }
 }
 
 // Payload ----------------------------------------------------------------------

@@ -43,14 +43,11 @@ public:
 
   bool trySend(uint64_t word);
 
-  void frame(capnp::MessageBuilder& message, kj::ArrayPtr<const int> fds = nullptr);
-  // Waits, but only as long as the victim reads.
-
   template <typename Func>
   void control(Func&& fill, kj::ArrayPtr<const int> fds = nullptr) {
-    ControlMessage message;
-    fill(message.get());
-    frame(message.getMessage(), fds);
+    // Waits, but only as long as the victim reads.
+    peer.control(fill, fds);
+    ++deeds;
   }
 
   bool victimsHeaderIsKnown() { return victimsRing.get() != nullptr; }
@@ -98,6 +95,10 @@ Dish serve(HostilePeer& peer, capnp::AllocationStrategy strategy, uint firstWord
 inline SharedWord& shared(HostilePeer& peer, size_t offset) {
   return reinterpret_cast<SharedWord&>(peer.word(offset));
 }
+
+bool tryToChange(int fd, std::mt19937_64& random);
+// In one way or another: the contents or the size of a memfd that its receiver holds. Whether it
+// could be done, which must be impossible.
 
 void attackWithSealed(RawPeer& raw, uint milliseconds);
 // Attack::SEALED.

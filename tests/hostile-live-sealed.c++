@@ -15,10 +15,6 @@
 // Sealed segments with bad pointers in them, in files that are as they should be, which somebody
 // tries to change all the time; and, now and then, in files that are not.
 
-#ifndef F_SEAL_FUTURE_WRITE
-#define F_SEAL_FUTURE_WRITE 0x0010
-#endif
-
 namespace capnpshm {
 namespace hostile {
 
@@ -26,34 +22,7 @@ namespace {
 
 constexpr size_t PAGE = 4096;
 constexpr uint MAX_ENTRIES = 20;  // Of a descriptor.
-constexpr int NOT_WRITTEN = F_SEAL_SHRINK | F_SEAL_GROW;
-
-bool tryToWrite(int fd, size_t bytes) {
-  // By the descriptor, or by another one of the same file.
-  char word[8] = {};
-  if (pwrite(fd, word, sizeof(word), 8) > 0) return true;
-  void* map = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (map != MAP_FAILED) munmap(map, bytes);
-  return map != MAP_FAILED;
-}
-
-bool tryToChange(int fd, std::mt19937_64& random) {
-  // Whether it could be done, which must be impossible once the victim has the file.
-  switch (random() % 6) {
-    case 0: return tryToWrite(fd, PAGE);
-    case 1: return ftruncate(fd, 0) == 0;
-    case 2: return ftruncate(fd, 1 << 20) == 0;
-    case 3: return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, PAGE) == 0;
-    case 4: return fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, 0, PAGE) == 0;
-    default: {
-      auto path = kj::str("/proc/self/fd/", fd);
-      int again = open(path.cStr(), O_RDWR | O_CLOEXEC);
-      if (again < 0) return false;
-      kj::AutoCloseFd own(again);
-      return tryToWrite(own, PAGE);
-    }
-  }
-}
+constexpr int SIZE_SEALS = F_SEAL_SHRINK | F_SEAL_GROW;
 
 class GivenFiles {
   // The last ones that the victim was given, for the thread that tries to change them.
@@ -76,12 +45,7 @@ private:
 };
 
 kj::AutoCloseFd fileWith(kj::ArrayPtr<const byte> contents) {
-  int number;
-  KJ_SYSCALL(number = memfd_create("hostile", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  kj::AutoCloseFd fd(number);
-  size_t bytes = (contents.size() + PAGE - 1) / PAGE * PAGE;
-  KJ_SYSCALL(ftruncate(fd, bytes));
-  KJ_REQUIRE(posix_fallocate(fd, 0, bytes) == 0);
+  auto fd = makeMemfd(0, (contents.size() + PAGE - 1) / PAGE * PAGE);
   KJ_SYSCALL(pwrite(fd, contents.begin(), contents.size(), 0));
   return fd;
 }
@@ -143,21 +107,21 @@ bool seal(Record& record, std::mt19937_64& random) {
         allRight = false;
         break;
       case 1:
-        KJ_SYSCALL(fcntl(file, F_ADD_SEALS, NOT_WRITTEN | F_SEAL_FUTURE_WRITE));
+        KJ_SYSCALL(fcntl(file, F_ADD_SEALS, SIZE_SEALS | F_SEAL_FUTURE_WRITE));
         allRight = false;
         break;
       case 2: {
         // With a mapping by which it can still be written, the kernel does not seal it.
         void* map = mmap(nullptr, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
         KJ_REQUIRE(map != MAP_FAILED);
-        KJ_REQUIRE(fcntl(file, F_ADD_SEALS, NOT_WRITTEN | F_SEAL_WRITE) < 0);
-        KJ_SYSCALL(fcntl(file, F_ADD_SEALS, NOT_WRITTEN));
+        KJ_REQUIRE(fcntl(file, F_ADD_SEALS, SIZE_SEALS | F_SEAL_WRITE) < 0);
+        KJ_SYSCALL(fcntl(file, F_ADD_SEALS, SIZE_SEALS));
         munmap(map, PAGE);
         allRight = false;
         break;
       }
       default:
-        KJ_SYSCALL(fcntl(file, F_ADD_SEALS, NOT_WRITTEN | F_SEAL_WRITE));
+        KJ_SYSCALL(fcntl(file, F_ADD_SEALS, SIZE_SEALS | F_SEAL_WRITE));
         break;
     }
   }
@@ -178,10 +142,8 @@ void publish(RawPeer& raw, GivenFiles& given) {
   bool allRight = seal(record, raw.random);
   auto fds = KJ_MAP(file, record.files) { return file.get(); };
   if (record.sizes.size() > 0) {
-    raw.control([&](protocol::Control::Builder c) {
-      auto list = c.initSealed().initBytes(record.sizes.size());
-      for (uint i = 0; i < record.sizes.size(); i++) list.set(i, record.sizes[i]);
-    }, fds);
+    raw.peer.sealed(record.sizes, fds);
+    ++raw.deeds;
   }
   raw.peer.publish({ DescriptorKind::MESSAGE, 0, uint16_t(record.segments),
       uint16_t(record.sizes.size() > 0), 0 },

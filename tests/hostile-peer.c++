@@ -2,7 +2,11 @@
 
 #include "hostile-peer.h"
 
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #include <capnp/rpc.capnp.h>
 #include <capnp/serialize-async.h>
 
@@ -12,6 +16,29 @@ namespace hostile {
 using conformance::Root;
 using conformance::RootImpl;
 using process::resourcesOf;
+
+kj::AutoCloseFd file(int fd) {
+  KJ_REQUIRE(fd >= 0, strerror(errno));
+  return kj::AutoCloseFd(fd);
+}
+
+kj::AutoCloseFd makeMemfd(int seals, size_t bytes, bool allocated, unsigned flags) {
+  auto result = file(memfd_create("hostile", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
+  KJ_SYSCALL(ftruncate(result, bytes));
+  if (allocated) {
+    KJ_REQUIRE(posix_fallocate(result, 0, bytes) == 0);
+  }
+  KJ_SYSCALL(fcntl(result, F_ADD_SEALS, seals));
+  return result;
+}
+
+kj::AutoCloseFd makeOrdinaryFile(size_t bytes) {
+  char path[] = "hostile-XXXXXX";
+  auto result = file(mkostemp(path, O_CLOEXEC));
+  unlink(path);
+  KJ_SYSCALL(ftruncate(result, bytes));
+  return result;
+}
 
 HostilePeer::HostilePeer(kj::AsyncIoContext& io): io(io), region(createRegion(REGION_BYTES)) {
   auto pair = process::newSocketPair();
@@ -39,6 +66,13 @@ void HostilePeer::offer(int fd, uint64_t bytes, uint minVersion, uint maxVersion
     offer.setNonce(1234);
     offer.setRegionBytes(bytes);
   }, kj::arrayPtr(&fd, 1));
+}
+
+void HostilePeer::sealed(kj::ArrayPtr<const uint64_t> bytes, kj::ArrayPtr<const int> fds) {
+  control([&](protocol::Control::Builder c) {
+    auto list = c.initSealed().initBytes(bytes.size());
+    for (uint i = 0; i < bytes.size(); i++) list.set(i, bytes[i]);
+  }, fds);
 }
 
 protocol::Control::Which HostilePeer::readControl() {

@@ -9,7 +9,12 @@
 #include <capnp-shm/handshake.h>
 #include <capnp-shm/layout.h>
 #include <capnp-shm/memfd.h>
+#include <fcntl.h>
 #include <functional>
+
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010
+#endif
 
 namespace capnpshm {
 namespace hostile {
@@ -19,6 +24,15 @@ using kj::uint;
 constexpr size_t REGION_BYTES = 32 * 1024;
 constexpr uint64_t LIMIT_WORDS = 3000;
 // The victim's limit for one message, where it can be set: in the network, not in the server.
+
+kj::AutoCloseFd file(int fd);
+// Takes what a system call has returned. Throws if that is an error.
+
+kj::AutoCloseFd makeMemfd(int seals, size_t bytes, bool allocated = true, unsigned flags = 0);
+// `flags` beside those that every memfd needs here.
+
+kj::AutoCloseFd makeOrdinaryFile(size_t bytes);
+// Without a name, in the current directory.
 
 class HostilePeer {
   // The CLIENT end of a connection whose frames and lines the test writes as it likes. Its victim
@@ -57,6 +71,8 @@ public:
       c.getRegion().setBytes(bytes);
     }, kj::arrayPtr(&fd, 1));
   }
+  void sealed(kj::ArrayPtr<const uint64_t> bytes, kj::ArrayPtr<const int> fds);
+  // Files of which is said that they are sealed and of that size.
   void bell() { writeWords({ ~uint64_t(0) }); }
   void hangUp() { stream = nullptr; }
 

@@ -12,10 +12,6 @@
 
 // Bad sealed segments: files, records on the socket, and what descriptors say of them.
 
-#ifndef F_SEAL_FUTURE_WRITE
-#define F_SEAL_FUTURE_WRITE 0x0010
-#endif
-
 namespace capnpshm {
 namespace hostile {
 namespace {
@@ -30,35 +26,15 @@ constexpr uint32_t SEGMENT_WORDS = SEGMENT_BYTES / 8;
 constexpr size_t HUGE_BYTES = 2 << 20;
 const Words BY_CONSUMPTION { FREE_BY_CONSUMPTION };
 
-kj::AutoCloseFd file(int fd) {
-  KJ_REQUIRE(fd >= 0, strerror(errno));
-  return kj::AutoCloseFd(fd);
-}
-
 kj::AutoCloseFd memfd(int seals = ALL_SEALS, size_t bytes = SEGMENT_BYTES, bool allocated = true,
                       unsigned flags = 0) {
-  auto result = file(memfd_create("hostile", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
-  KJ_SYSCALL(ftruncate(result, bytes));
-  if (allocated) {
-    KJ_REQUIRE(posix_fallocate(result, 0, bytes) == 0);
-  }
-  KJ_SYSCALL(fcntl(result, F_ADD_SEALS, seals));
-  return result;
+  return makeMemfd(seals, bytes, allocated, flags);
 }
 
-kj::AutoCloseFd ordinaryFile() {
-  char path[] = "hostile-XXXXXX";
-  auto result = file(mkostemp(path, O_CLOEXEC));
-  unlink(path);
-  KJ_SYSCALL(ftruncate(result, SEGMENT_BYTES));
-  return result;
-}
+kj::AutoCloseFd ordinaryFile() { return makeOrdinaryFile(SEGMENT_BYTES); }
 
 void sendFiles(HostilePeer& peer, std::vector<uint64_t> bytes, std::vector<int> fds) {
-  peer.control([&](Control::Builder c) {
-    auto list = c.initSealed().initBytes(bytes.size());
-    for (uint i = 0; i < bytes.size(); i++) list.set(i, bytes[i]);
-  }, kj::arrayPtr(fds.data(), fds.size()));
+  peer.sealed(kj::arrayPtr(bytes.data(), bytes.size()), kj::arrayPtr(fds.data(), fds.size()));
 }
 
 Words sealedEntry(uint32_t number, uint32_t words = SEGMENT_WORDS, uint64_t offset = 0) {

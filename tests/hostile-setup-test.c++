@@ -16,10 +16,6 @@
 // Bad input on the control socket: offers, files that are no regions, messages out of order,
 // garbage, streams that break off. Beside setup-test.c++, which has what is no error.
 
-#ifndef F_SEAL_FUTURE_WRITE
-#define F_SEAL_FUTURE_WRITE 0x0010
-#endif
-
 namespace capnpshm {
 namespace hostile {
 namespace {
@@ -30,20 +26,9 @@ using protocol::Control;
 constexpr int ALL_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE;
 constexpr size_t HUGE_BYTES = 2 << 20;
 
-kj::AutoCloseFd file(int fd) {
-  KJ_REQUIRE(fd >= 0, strerror(errno));
-  return kj::AutoCloseFd(fd);
-}
-
 kj::AutoCloseFd memfd(int seals, size_t bytes = REGION_BYTES, bool allocated = true,
                       unsigned flags = 0) {
-  auto result = file(memfd_create("hostile", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
-  KJ_SYSCALL(ftruncate(result, bytes));
-  if (allocated) {
-    KJ_REQUIRE(posix_fallocate(result, 0, bytes) == 0);
-  }
-  KJ_SYSCALL(fcntl(result, F_ADD_SEALS, seals));
-  return result;
+  return makeMemfd(seals, bytes, allocated, flags);
 }
 
 kj::AutoCloseFd holesAndBlocksBeyondTheEnd() {
@@ -54,13 +39,7 @@ kj::AutoCloseFd holesAndBlocksBeyondTheEnd() {
   return result;
 }
 
-kj::AutoCloseFd ordinaryFile() {
-  char path[] = "hostile-XXXXXX";
-  auto result = file(mkostemp(path, O_CLOEXEC));
-  unlink(path);
-  KJ_SYSCALL(ftruncate(result, REGION_BYTES));
-  return result;
-}
+kj::AutoCloseFd ordinaryFile() { return makeOrdinaryFile(REGION_BYTES); }
 
 kj::AutoCloseFd pipeEnd() {
   int fds[2];

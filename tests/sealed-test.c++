@@ -2,6 +2,7 @@
 
 #include <capnp-shm/sealed.h>
 
+#include "emulator.h"
 #include "process-fixture.h"
 #include "process-limits.h"
 #include <capnp/orphan.h>
@@ -324,6 +325,7 @@ TEST_F(Sealed, WhatIsHeldBeyondTheLimitIsCopied) {
 }
 
 TEST_F(Sealed, WhatCannotBeSealedIsCopiedAndNothingIsTriedAgain) {
+  CAPNP_SHM_NEEDS_MAPPING_AGAIN;
   connect();
   auto building = build(*client, LARGE);
   // Another writable mapping of the same file, as a pinned page would be.
@@ -450,6 +452,7 @@ TEST_F(Sealed, AnApplicationMayHoldAnyNumberOfBuilders) {
 }
 
 TEST_F(Sealed, ForkChildrenNeitherPreventItNorDisturbIt) {
+  CAPNP_SHM_NEEDS_MADVISE;
   connect();
   sendNumbered(*client->connection, 0, LARGE);
   auto received = next(*server);
