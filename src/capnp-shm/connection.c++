@@ -12,7 +12,7 @@ namespace capnpshm {
 
 namespace {
 
-constexpr uint64_t BELLS_BEFORE_SOCKET = 8;
+constexpr uint64_t BELLS_BEFORE_SOCKET = 2;
 // A connection that is used now and then needs no further descriptors.
 
 }  // namespace
