@@ -24,7 +24,8 @@ const kj::StringPtr FEW[] = { "twoparty", "default", "copy-nospin", "inplace-spi
 const kj::StringPtr BRIEF_WINDOW[] = { "twoparty", "copy-spin", "copy-nospin", "in-process" };
 const kj::StringPtr SHARED[] = { "default", "inplace-spin" };
 const kj::StringPtr ROUND_TRIPS[] = { "cache-line", "eventfd", "socket" };
-const kj::StringPtr COPY[] = { "memcpy" };
+const kj::StringPtr WORK[] = { "work", "work-peer" };
+const kj::StringPtr MEMORY[] = { "memcpy", "memset" };
 
 constexpr uint64_t KIB = 1 << 10;
 constexpr uint64_t MIB = 1 << 20;
@@ -51,8 +52,9 @@ public:
     addLoaded();
     addOnce();
     add("raw", ROUND_TRIPS).countSystemCalls = false;
+    add("raw", WORK).countSystemCalls = false;
     for (auto bytes: { 64 * KIB, 1 * MIB, 16 * MIB }) {
-      add("raw", COPY, payload(bytes)).countSystemCalls = false;
+      add("raw", MEMORY, payload(bytes)).countSystemCalls = false;
     }
     return kj::mv(plan);
   }

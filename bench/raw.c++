@@ -1,7 +1,7 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
 // Limits of the machine, without RPC: how long it takes two threads on two cores to answer each
-// other, and how fast memory is copied.
+// other, how fast memory is copied and zeroed, and how evenly the machine does plain work.
 
 #include "client.h"
 
@@ -17,6 +17,8 @@ namespace capnpshm {
 namespace bench {
 
 namespace {
+
+constexpr uint WORK_STEPS = 3000;  // Of four cycles each.
 
 void pause() {
 #if __x86_64__ || __i386__
@@ -123,6 +125,16 @@ private:
   }
 };
 
+void work() {
+  // About as long as a small call, and always the same: what some take longer is ticks, interrupts
+  // and the host.
+  uint64_t value = 1;
+  for (uint i = 0; i < WORK_STEPS; i++) {
+    value = value * 6364136223846793005 + 1;
+    asm volatile("" : "+r"(value));  // Each step waits for the one before.
+  }
+}
+
 kj::Own<PingPong> newPingPong(kj::StringPtr transport) {
   if (transport == "cache-line") return kj::heap<CacheLine>();
   if (transport == "eventfd") return kj::heap<EventFds>();
@@ -157,6 +169,22 @@ void measure(Latencies& latencies, Task::Reader task, Figures& figures, Call&& c
 }  // namespace
 
 void rawLimit(Session& session, Task::Reader task, Figures& figures) {
+  if (session.transport.name.startsWith("work")) {
+    bool peers = session.transport.name == "work-peer";
+    kj::Thread worker([&]() {
+      if (peers) pinTo(0, session.peerCore);
+      measure(session.latencies, task, figures, &work);
+    });
+    return;
+  }
+  if (session.transport.name == "memset") {
+    auto memory = kj::heapArray<kj::byte>(task.getPayloadBytes());
+    measure(session.latencies, task, figures, [&]() {
+      memset(memory.begin(), 0, memory.size());
+      asm volatile("" : : "r"(memory.begin()) : "memory");  // The zeroes are wanted.
+    });
+    return;
+  }
   if (session.transport.name == "memcpy") {
     auto from = kj::heapArray<kj::byte>(task.getPayloadBytes());
     auto to = kj::heapArray<kj::byte>(task.getPayloadBytes());

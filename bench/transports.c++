@@ -33,6 +33,9 @@ const TransportSpec TRANSPORTS[] = {
   { "eventfd", TransportSpec::RAW },
   { "socket", TransportSpec::RAW },
   { "memcpy", TransportSpec::RAW },
+  { "memset", TransportSpec::RAW },
+  { "work", TransportSpec::RAW },
+  { "work-peer", TransportSpec::RAW },
   { "grpc", TransportSpec::PEER },
   { "zeromq", TransportSpec::PEER },
 };

@@ -38,6 +38,7 @@ TEST(SpinBudget, NeverLongerThanAllowed) {
 TEST(SpinBudget, AsLongAsItPaysAFewTimesWhatItTook) {
   SpinBudget budget(LONGEST);
   for (int i = 0; i < 1000; i++) {
+    if (i % 10 == 0) budget.miss();
     budget.hit(2000);
     uint64_t next = budget.next(LONGEST);
     EXPECT_GE(next, 2000u);
@@ -45,7 +46,10 @@ TEST(SpinBudget, AsLongAsItPaysAFewTimesWhatItTook) {
   }
   // It follows when answers take longer.
   uint64_t before = budget.next(LONGEST);
-  for (int i = 0; i < 100; i++) budget.hit(8000);
+  for (int i = 0; i < 100; i++) {
+    if (i % 10 == 0) budget.miss();
+    budget.hit(8000);
+  }
   EXPECT_GT(budget.next(LONGEST), before);
   EXPECT_GE(budget.next(LONGEST), 2 * 8000u);
 
@@ -57,6 +61,22 @@ TEST(SpinBudget, AsLongAsItPaysAFewTimesWhatItTook) {
     EXPECT_GT(budget.next(LONGEST), 0u);
     budget.hit(2000);
   }
+}
+
+TEST(SpinBudget, PatientAfterManyInARowThatPaid) {
+  SpinBudget budget(LONGEST);
+  uint count = 0;
+  do {
+    budget.hit(2000);
+    ASSERT_LT(++count, 100u);
+  } while (budget.next(LONGEST) <= 20000u);
+  EXPECT_GT(count, 10u);
+  EXPECT_LE(budget.next(20000), 20000u);
+
+  // Once in vain, and it must be earned anew.
+  budget.miss();
+  budget.hit(2000);
+  EXPECT_LE(budget.next(LONGEST), 20000u);
 }
 
 TEST(SpinBudget, EndsAfterAFewThatDidNotPay) {

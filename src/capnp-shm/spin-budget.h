@@ -17,7 +17,10 @@ class SpinBudget {
   // 30-60 µs to the answer. A spin that finds something within that time has paid for itself; one
   // that finds nothing, or finds it late, has not. So:
   //
-  // - As long as spins pay, the next may last a few times as long as they took.
+  // - As long as spins pay, the next may last a few times as long as they took;
+  // - after many in a row that did, a good deal longer: if it is late this time, the peer was
+  //   interrupted rather than that it has stopped, and if not, the one spin in vain is little beside
+  //   what those saved.
   // - After a few in a row that did not, there are no more of them,
   // - but a trial now and then, when sleeps turn out short, or when the peer turns out to be awake
   //   after we were not. Trials that fail become rarer, each time by half.
@@ -32,7 +35,9 @@ public:
   uint64_t next(uint64_t longest) const {
     // How long to spin now, `longest` being what the options allow; 0 for not at all.
     if (credit == 0) return 0;
-    return kj::min(inStep ? LEAST_SPIN + HIT_FACTOR * averageHit : longestTrial, longest);
+    if (!inStep) return kj::min(longestTrial, longest);
+    uint64_t usual = LEAST_SPIN + HIT_FACTOR * averageHit;
+    return kj::min(hitsInARow < STEADY_HITS ? usual : kj::max(usual, STEADY_SPIN), longest);
   }
 
   void hit(uint64_t nanoseconds) {
@@ -43,6 +48,7 @@ public:
     }
     averageHit = inStep ? averageHit - averageHit / 8 + nanoseconds / 8 : nanoseconds;
     inStep = true;
+    ++hitsInARow;
     credit = FULL_CREDIT;
     if (trialInterval > 1) trialInterval /= 2;
   }
@@ -50,6 +56,7 @@ public:
   void miss() {
     // A spin found nothing, or too late.
     inStep = false;
+    hitsInARow = 0;
     if (credit > 0 && --credit == 0 && trialInterval < MAX_TRIAL_INTERVAL) trialInterval *= 2;
   }
 
@@ -66,6 +73,8 @@ public:
 
 private:
   static constexpr uint64_t LEAST_SPIN = 10000;
+  static constexpr uint64_t STEADY_SPIN = 45000;
+  static constexpr uint64_t STEADY_HITS = 16;
   static constexpr uint64_t PAYING_HIT = 30000;
   static constexpr uint64_t HIT_FACTOR = 3;
   static constexpr uint64_t SHORT_SLEEP = 3;
@@ -77,6 +86,7 @@ private:
   uint64_t longestTrial;
   bool inStep = false;        // Whether spins pay at present.
   uint64_t averageHit = 0;    // Of those.
+  uint64_t hitsInARow = 0;
   uint credit = FULL_CREDIT;  // How many more spins in a row may fail to pay.
   uint trialInterval = 1;     // How many reasons it takes for a trial.
   uint reasons = 0;
