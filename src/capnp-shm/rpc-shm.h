@@ -83,10 +83,10 @@ struct SharedMemoryOptions {
   //
   // The time actually spent adapts to whether it pays, separately for answers and for requests, down
   // to nothing when it does not: on an overloaded machine, between calls that come with pauses, or
-  // for slow calls. What it may cost: CPU time of about 10 µs for each time that it finds nothing
-  // (45 µs after sixteen in a row that found something), and after a few of those, a trial of twice this value every 256 sleeps, or of twice 15 µs every
-  // 32 answers, at most. Never used on a single CPU. If connections on one loop differ, the longest
-  // counts.
+  // for slow calls. What it may cost: CPU time of about 10 µs for each time that it finds nothing,
+  // or 45 µs if sixteen in a row before did find something; and after a few of those, a trial of
+  // twice this value every 256 sleeps, or of twice 15 µs every 32 answers, at most. Never used on a
+  // single CPU. If connections on one loop differ, the longest counts.
 
   size_t sealedThresholdBytes = 0;
   // Segments of messages of at least this size, in bytes, get a file of their own that is sealed
