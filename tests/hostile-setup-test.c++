@@ -141,7 +141,7 @@ INSTANTIATE_TEST_SUITE_P(Headers, HostileSetup, testing::Values(
         [](RegionHeader& h) { h.freeOffset = REGION_BYTES - 8; }),
     inHeader("FreeEntriesOverflow", "free ring lies outside",
         [](RegionHeader& h) { h.freeEntries = (uint64_t(1) << 61) + 64; }),
-    inHeader("FreeEntriesNoPowerOfTwo", "bad size of free ring",
+    inHeader("FreeEntriesNoPowerOfTwo", "peer's free ring has a size that is no power of two",
         [](RegionHeader& h) { h.freeEntries = 63; })
 ), misdeedName);
 

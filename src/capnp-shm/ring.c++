@@ -171,7 +171,8 @@ void FreeProducer::push(uint64_t handle) {
 
 FreeConsumer::FreeConsumer(kj::ArrayPtr<const SharedWord> entries, const SharedWord& freed)
     : entries(entries), freed(freed) {
-  KJ_REQUIRE(isPowerOfTwo(entries.size()), "bad size of free ring", entries.size());
+  KJ_REQUIRE(isPowerOfTwo(entries.size()),
+      "peer's free ring has a size that is no power of two", entries.size());
 }
 
 kj::Maybe<uint64_t> FreeConsumer::tryPop(uint64_t outstanding) {

@@ -103,6 +103,11 @@ void SessionPeer::handleFrame(kj::ArrayPtr<const word> frame, bool accept) {
 // The victim's ring
 
 kj::ArrayPtr<byte> SessionPeer::victimsBytes(SegmentEntry entry) {
+  if (lied && (entry.region >= victims.size() || victims[entry.region].bytes == nullptr)) {
+    // It may have been told that this region is mapped.
+    lost = true;
+    return nullptr;
+  }
   FUZZ_CHECK(entry.region < victims.size(), "region ", entry.region);
   auto bytes = victims[entry.region].bytes;
   size_t size = entry.words * sizeof(word);
@@ -114,7 +119,7 @@ kj::ArrayPtr<byte> SessionPeer::victimsBytes(SegmentEntry entry) {
 void SessionPeer::take(uint count) {
   KJ_IF_MAYBE(r, victimsRing) {
     Descriptor descriptor;
-    while (count-- > 0 && r->tryTake(descriptor)) takeOne(descriptor);
+    while (count-- > 0 && !lost && r->tryTake(descriptor)) takeOne(descriptor);
   }
 }
 
@@ -134,6 +139,7 @@ void SessionPeer::takeOne(const Descriptor& descriptor) {
       auto entries = body + length;
       if (head.kind == DescriptorKind::MESSAGE_TABLE) {
         auto table = victimsBytes(SegmentEntry::unpack(body[length], body[length + 1]));
+        if (lost) return;
         FUZZ_CHECK(table.size() == rest * 16);
         entries = reinterpret_cast<uint64_t*>(table.begin());
       }
@@ -152,6 +158,7 @@ void SessionPeer::takeOne(const Descriptor& descriptor) {
     }
     case DescriptorKind::PART: {
       uint64_t words = victimsBytes(SegmentEntry::unpack(body[1], body[2])).size() / sizeof(word);
+      if (lost) return;
       FUZZ_CHECK(words > 0 && words <= victimsPartsMissing, words, " words in a part");
       victimsPartsMissing -= words;
       if (victimsPartsMissing == 0) ++taken;
@@ -159,6 +166,7 @@ void SessionPeer::takeOne(const Descriptor& descriptor) {
     }
     case DescriptorKind::JUMP: {
       auto bytes = victimsBytes(SegmentEntry::unpack(body[0], body[1]));
+      if (lost) return;
       KJ_ASSERT_NONNULL(victimsRing).jump(kj::arrayPtr(
           reinterpret_cast<const DescriptorLine*>(bytes.begin()),
           bytes.size() / sizeof(DescriptorLine)));

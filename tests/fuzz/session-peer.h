@@ -93,6 +93,7 @@ private:
   bool victimFrees = false;     // By handle.
   bool ended = false;
   bool lied = false;
+  bool lost = false;            // Where the victim writes, by a lie about regions.
   uint64_t nextNumber = 0;
   uint64_t attempts = 0;        // At descriptors.
   std::deque<Expected> expected;
