@@ -229,7 +229,7 @@ TEST_P(FdsThreaded, ManyCallsAtOnce) {
 TEST_P(Fds, OfACanceledCallAreClosed) {
   auto link = connect(state, fdLimit(1));
   auto root = link->client->root();
-  await(root.sequenceRequest().send());
+  LoopFixture::settle([&]() { await(root.sequenceRequest().send()); });
   turn();
   uint before = openFds();
   auto request = root.neverRequest();
@@ -246,7 +246,7 @@ TEST_P(Fds, OfACanceledCallAreClosed) {
 TEST_P(Fds, OfACallCanceledBeforeItLeavesAreClosed) {
   auto link = connect(state, fdLimit(1));
   auto root = link->client->root();
-  await(root.sequenceRequest().send());
+  LoopFixture::settle([&]() { await(root.sequenceRequest().send()); });
   turn();
   uint before = openFds();
   {

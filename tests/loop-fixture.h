@@ -57,7 +57,7 @@ protected:
   void settle(Func&& call) {
     // Makes enough calls, all to a peer that sleeps, for a connection to have all the descriptors
     // that it will have.
-    for (kj::uint i = 0; i < 20; i++) {
+    for (kj::uint i = 0; i < 6; i++) {
       call();
       await(io.provider->getTimer().afterDelay(2 * kj::MILLISECONDS));
     }

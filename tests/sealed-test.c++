@@ -111,6 +111,17 @@ protected:
     return party.take();
   }
 
+  void settleBells() {
+    // So that no descriptor comes later.
+    uint64_t number = 0;
+    settle([&]() {
+      sendNumbered(*client->connection, number, 10);
+      sendNumbered(*server->connection, number, 10);
+      expectNumbers(*server, number, 1);
+      expectNumbers(*client, number++, 1);
+    });
+  }
+
   void expectNumbers(Party& party, uint64_t first, uint64_t count) {
     for (uint64_t i = first; i < first + count; i++) EXPECT_EQ(i, readNumbered(*next(party)));
   }
@@ -350,6 +361,7 @@ TEST_F(Sealed, WhatCannotBeSealedIsCopiedAndNothingIsTriedAgain) {
 
 TEST_F(Sealed, FileDescriptorsTravelBesideTheFiles) {
   connect();
+  settleBells();
   auto before = resourcesOf();
   for (kj::uint count = 0; count < 5; count++) {
     auto building = build(*client, LARGE);
@@ -439,6 +451,7 @@ TEST_F(Sealed, WithoutFileDescriptorsMessagesGoAsBefore) {
 
 TEST_F(Sealed, AnApplicationMayHoldAnyNumberOfBuilders) {
   connect();
+  settleBells();
   auto before = resourcesOf();
   std::vector<Building> building;
   for (uint i = 0; i < 150; i++) building.push_back(build(*client, LARGE));
