@@ -35,7 +35,7 @@ public:
   uint64_t next(uint64_t longest) const {
     // How long to spin now, `longest` being what the options allow; 0 for not at all.
     if (credit == 0) return 0;
-    if (!inStep) return kj::min(longestTrial, longest);
+    if (hitsInARow == 0) return kj::min(longestTrial, longest);
     uint64_t usual = LEAST_SPIN + HIT_FACTOR * averageHit;
     return kj::min(hitsInARow < STEADY_HITS ? usual : kj::max(usual, STEADY_SPIN), longest);
   }
@@ -46,8 +46,7 @@ public:
       miss();
       return;
     }
-    averageHit = inStep ? averageHit - averageHit / 8 + nanoseconds / 8 : nanoseconds;
-    inStep = true;
+    averageHit = hitsInARow > 0 ? averageHit - averageHit / 8 + nanoseconds / 8 : nanoseconds;
     ++hitsInARow;
     credit = FULL_CREDIT;
     if (trialInterval > 1) trialInterval /= 2;
@@ -55,7 +54,6 @@ public:
 
   void miss() {
     // A spin found nothing, or too late.
-    inStep = false;
     hitsInARow = 0;
     if (credit > 0 && --credit == 0 && trialInterval < MAX_TRIAL_INTERVAL) trialInterval *= 2;
   }
@@ -84,9 +82,8 @@ private:
   static constexpr uint MAX_TRIAL_INTERVAL = 256;
 
   uint64_t longestTrial;
-  bool inStep = false;        // Whether spins pay at present.
+  uint64_t hitsInARow = 0;    // 0 if spins do not pay at present.
   uint64_t averageHit = 0;    // Of those.
-  uint64_t hitsInARow = 0;
   uint credit = FULL_CREDIT;  // How many more spins in a row may fail to pay.
   uint trialInterval = 1;     // How many reasons it takes for a trial.
   uint reasons = 0;
