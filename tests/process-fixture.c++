@@ -22,7 +22,9 @@ using conformance::End;
 using conformance::Root;
 using kj::uint;
 
-Resources resourcesOf(pid_t pid) {
+namespace {
+
+Resources lookAtResourcesOf(pid_t pid) {
   auto path = pid == 0 ? kj::str("/proc/self") : kj::str("/proc/", pid);
   Resources result { 0, 0 };
   DIR* directory = opendir(kj::str(path, "/fd").cStr());
@@ -33,6 +35,21 @@ Resources resourcesOf(pid_t pid) {
   std::ifstream maps(kj::str(path, "/maps").cStr());
   for (std::string line; std::getline(maps, line);) {
     if (line.find("/memfd:capnp-shm") != std::string::npos) ++result.regions;
+  }
+  return result;
+}
+
+}  // namespace
+
+Resources resourcesOf(pid_t pid) {
+  auto result = lookAtResourcesOf(pid);
+  // UndefinedBehaviorSanitizer opens a pipe for a moment whenever it must know whether memory can
+  // be read, so of a process that runs meanwhile the least of several looks counts.
+  for (uint i = 0; pid != 0 && i < 4; i++) {
+    usleep(1000);
+    auto again = lookAtResourcesOf(pid);
+    result.fds = kj::min(result.fds, again.fds);
+    result.regions = kj::min(result.regions, again.regions);
   }
   return result;
 }

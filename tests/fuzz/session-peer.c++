@@ -170,7 +170,10 @@ void SessionPeer::sendInline(Input& input) {
 kj::Maybe<SessionPeer::Place> SessionPeer::allocate(Input& input, size_t words) {
   // From the bottom to the top, and again from the bottom when the victim has all behind it.
   auto& region = *regions[input.below(regions.size())];
-  if (!region.mapped || region.retired || (region.holdsRing && region.id > 0)) return nullptr;
+  bool ringMayBeRead =
+      region.holdsRing || victimsHeader().consumed.load() < region.ringUntil;
+  // (The first region's data lies beyond its ring.)
+  if (!region.mapped || region.retired || (ringMayBeRead && region.id > 0)) return nullptr;
   size_t bytes = (words * sizeof(word) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
   auto memory = region.memory.mapping.bytes();
   if (bytes > memory.size() - region.top) {
@@ -183,6 +186,7 @@ kj::Maybe<SessionPeer::Place> SessionPeer::allocate(Input& input, size_t words) 
   }
   size_t offset = region.top;
   region.top += bytes;
+  region.zeroed = false;
   region.lastAttempt = attempts;
   lastData = reinterpret_cast<uint64_t*>(memory.begin() + offset);
   lastDataWords = words;
@@ -311,8 +315,7 @@ void SessionPeer::jump(Input& input) {
   auto& region = *regions[input.below(regions.size())];
   size_t bytes = ring.size() * 2;
   auto memory = region.memory.mapping.bytes();
-  // One that was never used for data, so that it is zeroed.
-  if (!region.mapped || region.retired || region.holdsRing || region.top > 0 ||
+  if (!region.mapped || region.retired || region.holdsRing || !region.zeroed ||
       bytes > memory.size()) {
     return;
   }
@@ -322,7 +325,7 @@ void SessionPeer::jump(Input& input) {
   publish({ DescriptorKind::JUMP, 0, 0, 0, 0 }, body);
   for (auto& r: regions) {
     if (r->holdsRing) {
-      r->lastUse = position;
+      r->lastUse = r->ringUntil = position;
       r->holdsRing = false;
     }
   }
