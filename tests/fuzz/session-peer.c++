@@ -315,8 +315,8 @@ void SessionPeer::jump(Input& input) {
   auto& region = *regions[input.below(regions.size())];
   size_t bytes = ring.size() * 2;
   auto memory = region.memory.mapping.bytes();
-  if (!region.mapped || region.retired || region.holdsRing || !region.zeroed ||
-      bytes > memory.size()) {
+  if (region.id == 0 || !region.mapped || region.retired || region.holdsRing ||
+      !region.zeroed || bytes > memory.size()) {
     return;
   }
   size_t offset = memory.size() - bytes;
@@ -330,6 +330,7 @@ void SessionPeer::jump(Input& input) {
     }
   }
   region.holdsRing = true;
+  region.zeroed = false;
   ring = memory.slice(offset, memory.size());
 }
 

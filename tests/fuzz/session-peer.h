@@ -69,7 +69,7 @@ private:
     bool answered = false;
     bool retired = false;
     bool holdsRing = false;
-    bool zeroed = true;         // Since it was never used for data; a ring must be.
+    bool zeroed = true;         // Since it was never used; a new ring must be.
     size_t top = 0;             // From where on there is room for data.
     uint64_t ringUntil = 0;     // Position after the JUMP that left the ring in it.
     uint64_t lastUse = 0;       // Position after the last descriptor that refers to it.
