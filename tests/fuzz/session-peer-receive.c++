@@ -182,7 +182,7 @@ void SessionPeer::giveBack(Input& input) {
   while (count-- > 0 && !toFree.empty()) {
     uint index = input.below(toFree.size());
     auto ring = reinterpret_cast<SharedWord*>(&header() + 1);
-    ring[freed % header().freeEntries] = toFree[index];
+    ring[freed % FREE_ENTRIES] = toFree[index];
     toFree.erase(toFree.begin() + index);
     header().freed = ++freed;
   }

@@ -14,9 +14,8 @@ using capnp::word;
 
 namespace {
 
-constexpr uint FREE_ENTRIES = 64;
 constexpr size_t FREE_RING = sizeof(RegionHeader);
-constexpr size_t RING = FREE_RING + FREE_ENTRIES * sizeof(SharedWord);
+constexpr size_t RING = FREE_RING + SessionPeer::FREE_ENTRIES * sizeof(SharedWord);
 constexpr size_t DATA = RING + FIRST_RING_LINES * sizeof(DescriptorLine);
 constexpr uint MAX_REGIONS = 6;
 

@@ -17,6 +17,7 @@ class SessionPeer {
 
 public:
   static constexpr size_t REGION_BYTES = 16 << 10;
+  static constexpr uint FREE_ENTRIES = 64;
 
   explicit SessionPeer(Socket& socket);
   KJ_DISALLOW_COPY(SessionPeer);
