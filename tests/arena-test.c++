@@ -222,6 +222,23 @@ TEST(Arena, ZeroesLargeBlocksAhead) {
   EXPECT_FALSE(arena.zeroSome(SIZE));
 }
 
+TEST(Arena, WarmBeforeZeroedIfTwoDoNotFitIntoTheCaches) {
+  for (size_t size: { Arena::MAX_PAIRED_BLOCK, Arena::MAX_PAIRED_BLOCK + CACHE_LINE }) {
+    auto memory = zeroed(2 * size);
+    Arena arena;
+    arena.addRange(0, 0, memory);
+    auto& zeroedBlock = KJ_ASSERT_NONNULL(arena.tryAllocate(size));
+    auto& warm = KJ_ASSERT_NONNULL(arena.tryAllocate(size));
+    arena.free(zeroedBlock, 0);
+    memset(warm.bytes().begin(), 0xff, size);
+    auto warmBytes = warm.bytes().begin();
+    arena.free(warm, size);
+    auto& next = KJ_ASSERT_NONNULL(arena.tryAllocate(size));
+    EXPECT_EQ(size > Arena::MAX_PAIRED_BLOCK, next.bytes().begin() == warmBytes);
+    for (auto b: next.bytes()) ASSERT_EQ(0, b);
+  }
+}
+
 TEST(Arena, WarmBeforeCold) {
   auto memory = zeroed(1 << 20);
   Arena arena;

@@ -112,11 +112,12 @@ Arena::Block* Arena::findFit(size_t size) {
 
   // In the size's own class the blocks of a class that spans several sizes need not fit. The few
   // most recently freed are worth a look.
+  bool takeDirty = size < LARGE_BLOCK || size > MAX_PAIRED_BLOCK;
   Block* dirty = nullptr;
   uint looked = 0;
   for (Block* block = classes[index]; block != nullptr && looked < 8; block = block->next) {
     if (block->size >= size) {
-      if (size < LARGE_BLOCK || block->dirty <= size / 2) return block;
+      if (takeDirty || block->dirty <= size / 2) return block;
       if (dirty == nullptr) dirty = block;
     }
     ++looked;

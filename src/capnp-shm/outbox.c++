@@ -15,7 +15,6 @@ using kj::uint;
 namespace {
 
 constexpr size_t RECLAIM_INTERVAL = 8192;
-constexpr size_t MAX_DOUBLED = 4 * 1024 * 1024;
 constexpr size_t RESERVE_BYTES = 4096;
 constexpr size_t ZEROED_AT_A_TIME = 32 * 1024;
 constexpr size_t MIN_ARENA_BYTES = 1024;
@@ -128,7 +127,7 @@ bool Outbox::tryGrow(size_t bytes) {
   size_t size = roundUpToPages(bytes);
   if (size < bytes || size > available) return false;
   // Twice what is wanted, so that the next of its kind can be zeroed while the peer has this one.
-  if (size <= MAX_DOUBLED) size *= 2;
+  if (size <= Arena::MAX_PAIRED_BLOCK) size *= 2;
   size = kj::min(kj::max(size, roundUpToPages(totalBytes)), available / 4096 * 4096);
   if (size < bytes) return false;
 
