@@ -66,6 +66,7 @@ bool isWait(const SystemCall& call) {
 #endif
   return call.number == SYS_epoll_pwait;
 }
+
 const char* const CANNOT_MAKE = "this side cannot make shared memory";
 const char* const CANNOT_MAP = "cannot map the peer's shared memory";
 const char* const NO_FDS_PASS = "file descriptors do not pass";

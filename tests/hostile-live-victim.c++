@@ -110,12 +110,11 @@ private:
   bool attempt() {
     // False if the limit was reached, so that a part of the message was not looked at.
     sum = 0;
-    bool whole = true;
     KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { look(message.getBody()); })) {
       // That the message is nonsense is for the RPC system to say.
-      whole = strstr(exception->getDescription().cStr(), "traversal limit") == nullptr;
+      return strstr(exception->getDescription().cStr(), "traversal limit") == nullptr;
     }
-    return whole;
+    return true;
   }
 
   void look(AnyPointer::Reader pointer) {

@@ -75,11 +75,11 @@ public:
 
   static constexpr size_t LARGE_BLOCK = 16 * 1024;
   // From this size on, in bytes, a block is large: zeroing it takes longer than what else there is
-  // to do for a message. So one that is zeroed already is better than the one freed last,
+  // to do for a message. So one that is zeroed already is handed out before the one freed last.
 
   static constexpr size_t MAX_PAIRED_BLOCK = 4 * 1024 * 1024;
-  // up to this size. Two that are larger do not fit into the caches together, so that changing from
-  // one to the other costs more than zeroing what is still there of the one.
+  // But not beyond this size, in bytes: two such blocks do not fit into the caches together, and
+  // changing from one to the other costs more than zeroing the one, part of which is still there.
 
   uint getLargeBlocksInUse() const { return largeInUse; }
 

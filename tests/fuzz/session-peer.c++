@@ -33,6 +33,7 @@ void fillSegment(uint64_t number, uint64_t* words, size_t count) {
 SessionPeer::SessionPeer(Socket& socket): socket(socket) {
   auto first = kj::heap<Region>(0, REGION_BYTES);
   first->mapped = first->answered = first->holdsRing = true;
+  first->zeroed = false;
   first->top = DATA;
   ring = first->memory.mapping.bytes().slice(RING, DATA);
   regions.add(kj::mv(first));
@@ -314,10 +315,7 @@ void SessionPeer::jump(Input& input) {
   auto& region = *regions[input.below(regions.size())];
   size_t bytes = ring.size() * 2;
   auto memory = region.memory.mapping.bytes();
-  if (region.id == 0 || !region.mapped || region.retired || region.holdsRing ||
-      !region.zeroed || bytes > memory.size()) {
-    return;
-  }
+  if (!region.mapped || region.retired || !region.zeroed || bytes > memory.size()) return;
   size_t offset = memory.size() - bytes;
   uint64_t body[] = { SegmentEntry { region.id, uint32_t(bytes / sizeof(word)), 0 }.packFirst(),
                       offset };
