@@ -454,6 +454,14 @@ TEST_P(ThreadMessages, DestroyedElsewhereWhileTheConnectionGoesDown) {
   }
 }
 
+TEST_P(ThreadMessages, EndOfAConnectionDoesNotWakeItsOwnLoop) {
+  // What lets other threads wake it goes away, which must not pass for a wake-up.
+  auto ends = connectEnds();
+  while (io.unixEventPort.poll()) {}
+  ends = nullptr;
+  EXPECT_FALSE(io.unixEventPort.poll());
+}
+
 TEST_P(ThreadMessages, MadeAfterThePeerIsGone) {
   auto own = connectEnds();
   auto& ends = *own;

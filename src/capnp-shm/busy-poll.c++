@@ -27,7 +27,10 @@ bool hasSeveralCpus() {
   // With one CPU the peer cannot answer while we spin. Our own affinity mask says nothing of this:
   // the two sides may be pinned to one CPU each. If to the same, spins do not pay, which
   // SpinBudget finds out.
-  return sysconf(_SC_NPROCESSORS_ONLN) > 1;
+  // Asked once, since glibc opens a file in /sys for it, and a TurnEnd may live as long as a single
+  // short connection.
+  static const bool result = sysconf(_SC_NPROCESSORS_ONLN) > 1;
+  return result;
 }
 
 inline void pause() {

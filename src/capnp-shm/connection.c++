@@ -74,6 +74,7 @@ SharedMemoryConnection::SharedMemoryConnection(
 
 SharedMemoryConnection::~SharedMemoryConnection() noexcept(false) {
   window->disconnect();
+  foreignTask = kj::READY_NOW;
   foreignWake->close();
   KJ_IF_MAYBE(i, inbox) (*i)->close();
   KJ_IF_MAYBE(o, outbox) (*o)->stop();

@@ -34,7 +34,8 @@ public:
   }
 
   void close() {
-    // The loop's thread; the promise must have been dropped.
+    // The loop's thread. The promise must have been dropped, or this would wake the loop through
+    // its port.
     std::lock_guard<std::mutex> lock(mutex);
     fulfiller = nullptr;
   }
