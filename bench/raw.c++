@@ -1,7 +1,8 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
 // Limits of the machine, without RPC: how long it takes two threads on two cores to answer each
-// other, how fast memory is copied and zeroed, and how evenly the machine does plain work.
+// other, and to hand memory over, how fast memory is copied and zeroed, and how evenly the machine
+// does plain work.
 
 #include "client.h"
 
@@ -47,10 +48,13 @@ public:
     question.store(number, std::memory_order_release);
     while (reply.load(std::memory_order_acquire) != number) pause();
   }
-  bool answer() override {
+  bool answer() override { return answer([]() {}); }
+  template <typename Work>
+  bool answer(Work&& work) {
     uint64_t number;
     while ((number = question.load(std::memory_order_acquire)) == answered) pause();
     if (number == END) return false;
+    work();
     answered = number;
     reply.store(number, std::memory_order_release);
     return true;
@@ -125,6 +129,34 @@ private:
   }
 };
 
+class Handover final: public PingPong {
+  // One writes a block, the other copies it to memory of its own: what any transport must do
+  // whose receiver copies. The lines travel between the caches, there and, to be written again,
+  // back.
+
+public:
+  explicit Handover(size_t bytes)
+      : block(kj::heapArray<kj::byte>(bytes)), copy(kj::heapArray<kj::byte>(bytes)) {
+    writeAll(block);
+    writeAll(copy);
+  }
+  void call() override {
+    memset(block.begin(), 0, block.size());
+    signal.call();
+  }
+  bool answer() override { return signal.answer([this]() { copyBlock(); }); }
+  void end() override { signal.end(); }
+
+private:
+  CacheLine signal;
+  kj::Array<kj::byte> block, copy;
+
+  void copyBlock() {
+    memcpy(copy.begin(), block.begin(), block.size());
+    asm volatile("" : : "r"(copy.begin()) : "memory");  // The copy is wanted.
+  }
+};
+
 void work() {
   // About as long as a small call, and always the same: what some take longer is ticks, interrupts
   // and the host.
@@ -135,10 +167,11 @@ void work() {
   }
 }
 
-kj::Own<PingPong> newPingPong(kj::StringPtr transport) {
+kj::Own<PingPong> newPingPong(kj::StringPtr transport, size_t bytes) {
   if (transport == "cache-line") return kj::heap<CacheLine>();
   if (transport == "eventfd") return kj::heap<EventFds>();
   if (transport == "socket") return kj::heap<Sockets>();
+  if (transport == "handover") return kj::heap<Handover>(bytes);
   KJ_FAIL_REQUIRE("there is no such limit", transport);
 }
 
@@ -196,7 +229,7 @@ void rawLimit(Session& session, Task::Reader task, Figures& figures) {
     return;
   }
 
-  auto pingPong = newPingPong(session.transport.name);
+  auto pingPong = newPingPong(session.transport.name, task.getPayloadBytes());
   kj::Thread answerer([&]() {
     pinTo(0, session.peerCore);
     while (pingPong->answer()) {}

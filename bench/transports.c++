@@ -34,6 +34,7 @@ const TransportSpec TRANSPORTS[] = {
   { "socket", TransportSpec::RAW },
   { "memcpy", TransportSpec::RAW },
   { "memset", TransportSpec::RAW },
+  { "handover", TransportSpec::RAW },
   { "work", TransportSpec::RAW },
   { "work-peer", TransportSpec::RAW },
   { "grpc", TransportSpec::PEER },
