@@ -283,29 +283,22 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     }
     publish({ DescriptorKind::BEGIN, 0, uint16_t(segments.size()), uint16_t(fdCount), 0 },
         place, segments.size());
-    progress = Progress { true, kj::heapArray(segments), 0, 0 };
+    progress = Progress { true, kj::heapArray(segments), 0, 0, 0 };
+    for (auto& segment: segments) progress.wordsLeft += segment.size();
   }
 
   auto segments = progress.segments.asPtr();
-  while (progress.segment < segments.size()) {
-    auto& segment = segments[progress.segment];
-    if (progress.word == segment.size()) {
-      ++progress.segment;
-      progress.word = 0;
-      continue;
-    }
+  while (progress.wordsLeft > 0) {
     if (!ringHasRoom(kj::size(body))) return false;
-    size_t rest = (segment.size() - progress.word) * sizeof(word);
+    size_t rest = progress.wordsLeft * sizeof(word);
     size_t wanted = kj::min(rest, kj::max(kj::min(limits.maxBytes / 16, MAX_PART), MIN_PART));
     if (partBytesInFlight + wanted > MAX_PARTS_IN_FLIGHT && !inFlight.empty()) return false;
     // Not through any gap, however small: the reserve is larger, as soon as it is free.
     auto place = findPlace(wanted, kj::min(wanted, reserve.size() / 2));
     if (place.bytes == nullptr) return false;
     size_t words = kj::min(wanted, place.bytes.size()) / sizeof(word);
-    memcpy(place.bytes.begin(), segment.begin() + progress.word, words * sizeof(word));
-    faultPoint();
+    copyNextPart(kj::arrayPtr(reinterpret_cast<word*>(place.bytes.begin()), words));
     publish({ DescriptorKind::PART, 0, 0, 0, 0 }, place, words);
-    progress.word += words;
   }
 
   ++figures.referencedMessages;
@@ -313,6 +306,26 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
   progress = Progress();
   countPublished();
   return true;
+}
+
+void Outbox::copyNextPart(kj::ArrayPtr<word> part) {
+  // Fills it, from as many segments as that takes: one by one, hundreds of small ones would each
+  // wait for the reserve to be free again.
+  progress.wordsLeft -= part.size();
+  while (part.size() > 0) {
+    auto& segment = progress.segments[progress.segment];
+    auto rest = segment.slice(progress.word, segment.size());
+    if (rest.size() == 0) {
+      ++progress.segment;
+      progress.word = 0;
+      continue;
+    }
+    size_t words = kj::min(rest.size(), part.size());
+    memcpy(part.begin(), rest.begin(), words * sizeof(word));
+    faultPoint();
+    progress.word += words;
+    part = part.slice(words, part.size());
+  }
 }
 
 }  // namespace capnpshm

@@ -221,6 +221,7 @@ private:
     // As they were announced; whoever still has the message may make it grow meanwhile.
     uint segment = 0;
     size_t word = 0;
+    size_t wordsLeft = 0;
   };
 
   OutboxLimits limits;
@@ -280,6 +281,7 @@ private:
   void awaitRegion(Region& region, Arena::Block& block);
   bool mayHold(size_t bytes);
   bool publishInParts(OutgoingMessage& message, uint fdCount);
+  void copyNextPart(kj::ArrayPtr<capnp::word> part);
   bool ringHasRoom(uint bodyWords);
 };
 
