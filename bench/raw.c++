@@ -29,6 +29,11 @@ void pause() {
 #endif
 }
 
+void copyAll(kj::ArrayPtr<kj::byte> to, kj::ArrayPtr<const kj::byte> from) {
+  memcpy(to.begin(), from.begin(), from.size());
+  asm volatile("" : : "r"(to.begin()) : "memory");  // The copy is wanted.
+}
+
 class PingPong {
   // Two threads that answer each other.
 
@@ -144,17 +149,12 @@ public:
     memset(block.begin(), 0, block.size());
     signal.call();
   }
-  bool answer() override { return signal.answer([this]() { copyBlock(); }); }
+  bool answer() override { return signal.answer([this]() { copyAll(copy, block); }); }
   void end() override { signal.end(); }
 
 private:
   CacheLine signal;
   kj::Array<kj::byte> block, copy;
-
-  void copyBlock() {
-    memcpy(copy.begin(), block.begin(), block.size());
-    asm volatile("" : : "r"(copy.begin()) : "memory");  // The copy is wanted.
-  }
 };
 
 void work() {
@@ -222,10 +222,7 @@ void rawLimit(Session& session, Task::Reader task, Figures& figures) {
     auto from = kj::heapArray<kj::byte>(task.getPayloadBytes());
     auto to = kj::heapArray<kj::byte>(task.getPayloadBytes());
     writeAll(from);
-    measure(session.latencies, task, figures, [&]() {
-      memcpy(to.begin(), from.begin(), from.size());
-      asm volatile("" : : "r"(to.begin()) : "memory");  // The copy is wanted.
-    });
+    measure(session.latencies, task, figures, [&]() { copyAll(to, from); });
     return;
   }
 
