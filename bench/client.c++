@@ -34,12 +34,21 @@ Session::Connection Session::connect() {
   return { kj::mv(link), kj::mv(target) };
 }
 
+void Session::setUp(Connection& connection) {
+  // A connection switches to shared memory during the first round trips.
+  for (uint i = 0; i < SETUP_CALLS; i++) echo(connection.target).wait(io.waitScope);
+  if (!transport.isShared()) return;
+  auto stats = KJ_ASSERT_NONNULL(connection.link->getStats());
+  KJ_REQUIRE(stats.outgoing.transport == Transport::SHARED_MEMORY &&
+             stats.incoming.transport == Transport::SHARED_MEMORY,
+      "this connection does not use shared memory", stats.outgoing.plainReason,
+      stats.incoming.plainReason);
+}
+
 void Session::openConnections(uint count) {
   while (connections.size() < count) {
     auto connection = connect();
-    // A connection switches to shared memory during the first round trips.
-    for (uint i = 0; i < SETUP_CALLS; i++) echo(connection.target).wait(io.waitScope);
-    requireShared(*connection.link);
+    setUp(connection);
     connections.push_back(kj::mv(connection));
   }
 }
@@ -58,15 +67,6 @@ kj::Promise<void> Session::echo(Target::Client& target) {
   auto request = target.echoRequest();
   request.setNumber(1);
   return request.send().ignoreResult();
-}
-
-void Session::requireShared(Link& link) {
-  if (!transport.isShared()) return;
-  auto stats = KJ_ASSERT_NONNULL(link.getStats());
-  KJ_REQUIRE(stats.outgoing.transport == Transport::SHARED_MEMORY &&
-             stats.incoming.transport == Transport::SHARED_MEMORY,
-      "this connection does not use shared memory", stats.outgoing.plainReason,
-      stats.incoming.plainReason);
 }
 
 Session::Totals Session::totals() {
@@ -120,8 +120,7 @@ void Slice::stop() {
   totalsAfter = session.totals();
 }
 
-void Slice::report(Figures& figures) {
-  double perCall = 1.0 / calls;
+void Slice::reportLatencies(Figures& figures) {
   auto& latencies = session.latencies;
   figures.add("calls", calls);
   figures.add("seconds", seconds);
@@ -130,6 +129,11 @@ void Slice::report(Figures& figures) {
   // A percentile needs some calls beyond it.
   if (calls >= 100) figures.add("p99_us", latencies.percentile(0.99));
   if (calls >= 1000) figures.add("p999_us", latencies.percentile(0.999));
+}
+
+void Slice::report(Figures& figures) {
+  reportLatencies(figures);
+  double perCall = 1.0 / calls;
   figures.add("calls_per_s", calls / seconds);
   figures.add("cpu_us_per_call", (clientSeconds + serverSeconds) * 1e6 * perCall);
   figures.add("client_cpu_us_per_call", clientSeconds * 1e6 * perCall);
@@ -179,6 +183,7 @@ const Case CASES[] = {
   { "window", &window },
   { "param", &param },
   { "param_rw", &param },
+  { "first_param_rw", &firstParam },
   { "result", &result },
   { "result_rw", &result },
   { "stream", &stream },

@@ -61,6 +61,9 @@ public:
   Connection connect();
   // A new one, which has not been used yet.
 
+  void setUp(Connection& connection);
+  // Uses it until it is in shared memory, if it can be; throws if it stays plain all the same.
+
   void openConnections(uint count);
   // Sees to it that so many are open, used and, if they can be, in shared memory.
 
@@ -70,9 +73,6 @@ public:
   kj::Promise<void> echo(Target::Client& target);
   Peer& peer();
   // If the transport is another library's.
-
-  void requireShared(Link& link);
-  // Throws if a connection of a shared memory transport has stayed plain.
 
   struct Totals {
     // Both sides' counters, of all connections.
@@ -147,6 +147,8 @@ public:
   void stop();
 
   void report(Figures& figures);
+  void reportLatencies(Figures& figures);
+  // Part of report().
   void reportRate(Figures& figures, double bytesPerCall);
 
 private:
@@ -177,7 +179,7 @@ typedef void CaseFunction(Session& session, Task::Reader task, Figures& figures)
 
 // The cases; see the driver's list for what calls them.
 CaseFunction smallCall, idleGap, window;
-CaseFunction param, result, stream, held;
+CaseFunction param, firstParam, result, stream, held;
 CaseFunction connections, connectionsBusy, connectTime, idleMemory, idle, pages;
 CaseFunction rawLimit, peerCall;
 

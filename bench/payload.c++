@@ -41,6 +41,26 @@ void param(Session& session, Task::Reader task, Figures& figures) {
   slice.reportRate(figures, task.getPayloadBytes());
 }
 
+void firstParam(Session& session, Task::Reader task, Figures& figures) {
+  // The first payload on a connection that has only carried small calls. What it takes to make such
+  // a connection is no matter here, and since that cannot be told apart in other figures, the
+  // latency is the only one.
+  bool readAndWrite = isReadAndWritten(task);
+  auto call = [&]() {
+    auto connection = session.connect();
+    session.setUp(connection);
+    uint64_t begin = now();
+    put(session, connection.target, task.getPayloadBytes(), readAndWrite);
+    return now() - begin;
+  };
+  Slice slice(session, task);
+  slice.warmUp(call);
+  slice.start();
+  do slice.record(call()); while (slice.more());
+  slice.stop();
+  slice.reportLatencies(figures);
+}
+
 void result(Session& session, Task::Reader task, Figures& figures) {
   auto& target = session.target();
   bool readAndWrite = isReadAndWritten(task);

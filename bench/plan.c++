@@ -44,6 +44,9 @@ public:
       add("window", brief ? Transports(BRIEF_WINDOW) : Transports(ALL), window(size));
     }
     addPayloads();
+    for (auto bytes: { 64 * KIB, 1 * MIB, 16 * MIB }) {
+      add("first_param_rw", FEW, payload(bytes)).countSystemCalls = false;
+    }
     add("stream", MAIN, payload(64 * KIB));
     add("stream_rw", MAIN, payload(64 * KIB));
     add("held", FEW, payload(4 * KIB));

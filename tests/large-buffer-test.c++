@@ -1,5 +1,6 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
+#include <capnp-shm/huge-pages.h>
 #include <capnp-shm/large-buffer.h>
 
 #include <gtest/gtest.h>
@@ -12,11 +13,12 @@ namespace {
 
 using capnp::word;
 
-constexpr size_t LEAST = LARGE_BUFFER_WORDS;
+constexpr size_t LEAST = HUGE_PAGE / sizeof(word);
 constexpr size_t LEAST_BYTES = LEAST * sizeof(word);
 
 TEST(LargeBuffer, IsZeroOfAnySize) {
-  for (size_t words: { size_t(0), size_t(1), LEAST - 1, LEAST, 5 * LEAST + 1 }) {
+  constexpr size_t LARGE = LARGE_BUFFER_WORDS;
+  for (size_t words: { size_t(0), size_t(1), LARGE - 1, LARGE, LEAST, 5 * LEAST + 1 }) {
     auto buffer = newZeroedBuffer(words);
     ASSERT_EQ(words, buffer.size());
     for (auto byte: buffer.asBytes()) ASSERT_EQ(0, byte);

@@ -2,6 +2,7 @@
 
 #include "large-buffer.h"
 
+#include "huge-pages.h"
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -36,7 +37,7 @@ kj::Array<word> newZeroedBuffer(size_t words) {
     return result;
   }
   size_t bytes = words * sizeof(word);
-  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* pages = mapAligned(bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
   if (pages == MAP_FAILED) KJ_FAIL_SYSCALL("mmap", errno, "no memory for a message", bytes);
   // Only faster with it; a kernel without huge pages refuses.
   madvise(pages, bytes, MADV_HUGEPAGE);
@@ -45,6 +46,10 @@ kj::Array<word> newZeroedBuffer(size_t words) {
 
 kj::Array<word> BufferPool::take(size_t words) {
   words = kj::max(words, LARGE_BUFFER_WORDS);
+  // What is half a huge page or more becomes a whole one, for it is the faults that are expensive.
+  constexpr size_t PAGE_WORDS = HUGE_PAGE / sizeof(word);
+  size_t rest = words % PAGE_WORDS;
+  if (rest >= PAGE_WORDS / 2) words += PAGE_WORDS - rest;
   {
     std::lock_guard<std::mutex> lock(mutex);
     // The one used last, of those that are not much too large.

@@ -3,6 +3,7 @@
 #include "memfd.h"
 
 #include "fault-point.h"
+#include "huge-pages.h"
 #include <atomic>
 #include <errno.h>
 #include <fcntl.h>
@@ -99,26 +100,6 @@ Mapping::~Mapping() noexcept(false) {
   }
 }
 
-kj::AutoCloseFd newMemfd(size_t bytes) {
-  size_t pageSize = sysconf(_SC_PAGESIZE);
-  KJ_REQUIRE(bytes > 0 && bytes % pageSize == 0,
-      "a region's size must be a positive multiple of the page size", bytes, pageSize);
-
-  kj::AutoCloseFd fd(createMemfd());
-  KJ_SYSCALL(ftruncate(fd, bytes), "cannot size shared memory", bytes);
-  faultPoint();
-
-  // Allocated whole: a hole that the peer reads would be charged to the peer.
-  int error;
-  do {
-    error = posix_fallocate(fd, 0, bytes);
-  } while (error == EINTR);
-  if (error != 0) {
-    KJ_FAIL_SYSCALL("posix_fallocate()", error, "cannot allocate shared memory", bytes);
-  }
-  return fd;
-}
-
 void keepToThisProcess(kj::ArrayPtr<kj::byte> mapped) {
   // A fork child must not inherit the mapping: it would share our ring with us. And a core dump
   // need not hold the payload twice.
@@ -127,6 +108,36 @@ void keepToThisProcess(kj::ArrayPtr<kj::byte> mapped) {
   faultPoint();
   KJ_SYSCALL(madvise(mapped.begin(), mapped.size(), MADV_DONTDUMP));
   faultPoint();
+}
+
+OwnRegion newSharedMemory(size_t bytes) {
+  size_t pageSize = sysconf(_SC_PAGESIZE);
+  KJ_REQUIRE(bytes > 0 && bytes % pageSize == 0,
+      "a region's size must be a positive multiple of the page size", bytes, pageSize);
+
+  kj::AutoCloseFd fd(createMemfd());
+  KJ_SYSCALL(ftruncate(fd, bytes), "cannot size shared memory", bytes);
+  faultPoint();
+
+  void* begin = mapAligned(bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+  if (begin == MAP_FAILED) {
+    KJ_FAIL_SYSCALL("mmap()", errno, "cannot map shared memory", bytes);
+  }
+  faultPoint();
+  Mapping mapping(reinterpret_cast<kj::byte*>(begin), bytes);
+  keepToThisProcess(mapping.bytes());
+
+  // Allocated whole: a hole that the peer reads would be charged to the peer.
+  allocateHugePages(fd, mapping.bytes());
+  int error;
+  do {
+    error = posix_fallocate(fd, 0, bytes);
+  } while (error == EINTR);
+  if (error != 0) {
+    KJ_FAIL_SYSCALL("posix_fallocate()", error, "cannot allocate shared memory", bytes);
+  }
+  faultPoint();
+  return { kj::mv(fd), kj::mv(mapping) };
 }
 
 void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
@@ -171,23 +182,12 @@ void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
 }
 
 OwnRegion createRegion(size_t bytes) {
-  auto fd = newMemfd(bytes);
-  faultPoint();
-
-  void* begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (begin == MAP_FAILED) {
-    KJ_FAIL_SYSCALL("mmap()", errno, "cannot map shared memory", bytes);
-  }
-  faultPoint();
-  Mapping mapping(reinterpret_cast<kj::byte*>(begin), bytes);
-  keepToThisProcess(mapping.bytes());
-
+  auto result = newSharedMemory(bytes);
   // After our own writable mapping, which FUTURE_WRITE leaves alone.
-  KJ_SYSCALL(fcntl(fd, F_ADD_SEALS, REQUIRED_SEALS | F_SEAL_SEAL),
+  KJ_SYSCALL(fcntl(result.fd, F_ADD_SEALS, REQUIRED_SEALS | F_SEAL_SEAL),
       "cannot seal shared memory; F_SEAL_FUTURE_WRITE needs Linux 5.1");
   faultPoint();
-
-  return { kj::mv(fd), kj::mv(mapping) };
+  return result;
 }
 
 Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes) {
@@ -200,7 +200,7 @@ Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes) {
 
   requirePeerMemfd(fd, REQUIRED_SEALS, announcedBytes);
 
-  void* begin = mmap(nullptr, announcedBytes, PROT_READ, MAP_SHARED, fd, 0);
+  void* begin = mapAligned(announcedBytes, PROT_READ, MAP_SHARED, fd);
   if (begin == MAP_FAILED) {
     failToMap("mmap()", errno, announcedBytes);
   }

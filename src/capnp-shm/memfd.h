@@ -63,9 +63,9 @@ Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes);
 // ---------------------------------------------------------------------------------------
 // What regions and sealed segments (sealed.h) have in common
 
-kj::AutoCloseFd newMemfd(size_t bytes);
-// A memfd of `bytes` zeroed bytes, a positive multiple of the page size, allocated whole and not
-// sealed yet. Throws as createRegion() does. Any thread.
+OwnRegion newSharedMemory(size_t bytes);
+// A memfd of `bytes` zeroed bytes, a positive multiple of the page size, allocated whole, mapped for
+// this process alone and not sealed yet. Throws as createRegion() does. Any thread.
 
 void keepToThisProcess(kj::ArrayPtr<kj::byte> mapped);
 // Keeps a mapping out of fork children and core dumps. To be called before a Mapping is used, and

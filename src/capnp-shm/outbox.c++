@@ -3,6 +3,7 @@
 #include "outbox.h"
 
 #include "fault-point.h"
+#include "huge-pages.h"
 #include <string.h>
 #include <unistd.h>
 #include <kj/debug.h>
@@ -134,6 +135,7 @@ bool Outbox::tryGrow(size_t bytes) {
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     auto memory = createRegion(size);
     auto range = memory.mapping.bytes();
+    if (size < HUGE_PAGE) populatePages(range);
     uint32_t id = nextRegionId++;
     regions.add(kj::heap<Region>(Region {
         id, Region::LOCAL, false, size, published, kj::mv(memory) }));

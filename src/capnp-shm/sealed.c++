@@ -2,6 +2,7 @@
 
 #include "sealed.h"
 
+#include "huge-pages.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -72,17 +73,11 @@ kj::Maybe<kj::Own<SealedBuffer>> SealedSender::tryCreate(size_t bytes) {
 
   kj::Maybe<kj::Own<SealedBuffer>> result;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-    auto fd = newMemfd(size);
-    // Populated, since a fault for each page costs several times as much.
-    void* begin = mmap(
-        nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
-    if (begin == MAP_FAILED) {
-      KJ_FAIL_SYSCALL("mmap()", errno, "cannot map shared memory", size);
-    }
-    Mapping mapping(reinterpret_cast<byte*>(begin), size);
-    // A fork child's mapping, too, would be in the way of the seal.
-    keepToThisProcess(mapping.bytes());
-    result = kj::heap<SealedBuffer>(*this, kj::mv(fd), kj::mv(mapping));
+    // Kept to this process, since a fork child's mapping, too, would be in the way of the seal.
+    auto memory = newSharedMemory(size);
+    // It is made to be filled, and a fault for each page costs several times as much.
+    populatePages(memory.mapping.bytes());
+    result = kj::heap<SealedBuffer>(*this, kj::mv(memory.fd), kj::mv(memory.mapping));
     openFiles.fetch_add(1, std::memory_order_relaxed);
   })) {
     // No memory or no fds; there are other ways to send a message.
@@ -187,7 +182,7 @@ kj::Own<SealedSegment> SealedBudget::open(SealedFile& file, size_t words) {
   if (mapped <= maxBytes && size <= maxBytes - mapped) {
     // Private, since before Linux 6.7 a file that is sealed against writing cannot be mapped
     // shared, not even for reading. Populated, since a message is sent to be read.
-    void* begin = mmap(nullptr, size, PROT_READ, MAP_PRIVATE | MAP_POPULATE, file.fd, 0);
+    void* begin = mapAligned(size, PROT_READ, MAP_PRIVATE | MAP_POPULATE, file.fd);
     if (begin != MAP_FAILED) {
       Mapping mapping(reinterpret_cast<byte*>(begin), size);
       keepToThisProcess(mapping.bytes());
