@@ -3,6 +3,7 @@
 #include <capnp-shm/huge-pages.h>
 
 #include "emulator.h"
+#include "smaps.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -17,6 +18,9 @@
 #include <kj/io.h>
 #include <capnp-shm/memfd.h>
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
@@ -29,16 +33,7 @@ using kj::byte;
 constexpr size_t PAGE = 4096;
 
 uint64_t kibOf(const void* address, const char* field) {
-  // What the kernel tells of the mapping that begins at an address, in KiB.
-  std::ifstream smaps("/proc/self/smaps");
-  auto begin = kj::str(kj::hex(reinterpret_cast<uintptr_t>(address)), "-");
-  bool found = false;
-  for (std::string line; std::getline(smaps, line);) {
-    if (line.compare(0, begin.size(), begin.cStr()) == 0) found = true;
-    if (found && line.compare(0, strlen(field), field) == 0) {
-      return std::stoull(line.substr(strlen(field)));
-    }
-  }
+  KJ_IF_MAYBE(value, mappingField(address, field)) return std::stoull(value->cStr());
   ADD_FAILURE() << "no such mapping, or no such field: " << field;
   return 0;
 }
@@ -178,7 +173,7 @@ TEST(HugePages, PopulatedPagesAreMapped) {
   void* memory = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   ASSERT_NE(MAP_FAILED, memory);
   Mapping mapping(static_cast<byte*>(memory), BYTES);
-  if (madvise(memory, BYTES, 23 /* MADV_POPULATE_WRITE */) != 0) {
+  if (madvise(memory, BYTES, MADV_POPULATE_WRITE) != 0) {
     GTEST_SKIP() << "this kernel does not populate: " << strerror(errno);
   }
   auto other = newMemfd(BYTES);

@@ -3,10 +3,10 @@
 #include <capnp-shm/memfd.h>
 
 #include "emulator.h"
+#include "smaps.h"
 
 #include <fcntl.h>
 #include <linux/memfd.h>
-#include <fstream>
 #include <iostream>
 #include <string>
 #include <string.h>
@@ -266,14 +266,7 @@ TEST(Memfd, NothingMappedIsNobodysFault) {
 }
 
 kj::String vmFlags(const void* address) {
-  // Of the mapping that begins at an address, as the kernel tells.
-  std::ifstream smaps("/proc/self/smaps");
-  auto begin = kj::str(kj::hex(reinterpret_cast<uintptr_t>(address)), "-");
-  bool found = false;
-  for (std::string line; std::getline(smaps, line);) {
-    if (line.compare(0, begin.size(), begin.cStr()) == 0) found = true;
-    if (found && line.compare(0, 8, "VmFlags:") == 0) return kj::str(line.substr(8).c_str(), " ");
-  }
+  KJ_IF_MAYBE(flags, mappingField(address, "VmFlags:")) return kj::str(*flags, " ");
   return kj::str("no such mapping");
 }
 

@@ -135,6 +135,7 @@ bool Outbox::tryGrow(size_t bytes) {
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     auto memory = createRegion(size);
     auto range = memory.mapping.bytes();
+    // A larger one is in huge pages, or else too large to be mapped whole before it is needed.
     if (size < HUGE_PAGE) populatePages(range);
     uint32_t id = nextRegionId++;
     regions.add(kj::heap<Region>(Region {
