@@ -134,6 +134,7 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
           body = m->reader->getRoot<capnp::AnyPointer>();
         }
         mine = handlePlainBody(body, m->fds);
+        if (!mine) confirmAfterReceiving(m->reader->getSegment(0));
       })) {
         fail(kj::mv(*exception));
       }

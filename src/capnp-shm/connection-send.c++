@@ -20,6 +20,7 @@ using capnp::word;
 namespace {
 
 constexpr uint MAX_UNRUNG_MESSAGES = 32;
+constexpr uint MIN_WORDS_NOT_PUT_OFF = 256;
 
 constexpr uint MAX_FDS_PER_WRITE = 253;
 // Linux passes no more at once (SCM_MAX_FD).
@@ -61,6 +62,12 @@ kj::Array<kj::AutoCloseFd> duplicate(kj::ArrayPtr<const int> fds) {
 kj::Own<capnp::OutgoingRpcMessage> SharedMemoryConnection::newOutgoingMessage(
     uint firstSegmentWordSize) {
   MessageSender& sender = *this;
+  if (owner.isCurrent() && putOff && gotMapped && firstSegmentWordSize >= MIN_WORDS_NOT_PUT_OFF) {
+    // Or it would have to be copied.
+    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { confirm(); })) {
+      fail(kj::mv(*exception));
+    }
+  }
   if (owner.isCurrent() && outgoingShared) {
     return kj::atomicRefcounted<OutgoingMessage>(
         kj::atomicAddRef(*KJ_ASSERT_NONNULL(outbox)), sender, firstSegmentWordSize);
@@ -92,6 +99,8 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   outgoingStats.bytes += bytes;
   countCall(message.getSegments());
 
+  if (putOff) confirmBeforeSending(message.getSegments());
+  if (failure != nullptr) return;
   if (!outgoingShared) {
     sendPlain(message, kj::mv(fds), bytes);
     return;

@@ -16,6 +16,9 @@ namespace {
 constexpr uint FREE_RING_ENTRIES = 512;
 constexpr size_t MIN_FIRST_REGION = 16 * 1024;
 
+constexpr uint RETURNS_OF_ONE_CALL = 2;
+// That of Bootstrap, and its own.
+
 size_t firstRegionBytes(const SharedMemoryOptions& options) {
   size_t pageSize = sysconf(_SC_PAGESIZE);
   size_t bytes = kj::max(options.firstRegionBytes, MIN_FIRST_REGION);
@@ -29,7 +32,7 @@ void SharedMemoryConnection::offer() {
   if (createOutbox()) writeOffer();
 }
 
-bool SharedMemoryConnection::createOutbox() {
+bool SharedMemoryConnection::createOutbox(kj::Maybe<uint32_t> agreedVersion) {
   if (outbox != nullptr) return true;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     OutboxLimits limits;
@@ -37,7 +40,8 @@ bool SharedMemoryConnection::createOutbox() {
     limits.maxBytes = kj::max(options.maxBytes, limits.firstRegionBytes);
     limits.freeEntries = options.trustPeer ? FREE_RING_ENTRIES : 0;
     limits.retiredBytes = options.peerLimits.retiredBytes;
-    outbox = kj::atomicRefcounted<Outbox>(limits, kj::atomicAddRef(*foreignWake));
+    outbox = kj::atomicRefcounted<Outbox>(
+        limits, kj::atomicAddRef(*foreignWake), agreedVersion);
   })) {
     stayPlain(kj::str("this side cannot make shared memory: ", exception->getDescription()));
     return false;
@@ -140,6 +144,7 @@ void SharedMemoryConnection::handleControl(
 
     case protocol::Control::END:
       KJ_REQUIRE(!ended, "peer ended its messages twice");
+      if (putOff && gotMapped) confirm();
       if (plainReason == nullptr && !incomingShared) {
         KJ_REQUIRE(gotMapped && outgoingShared,
             "peer ended its messages before shared memory was agreed");
@@ -265,22 +270,77 @@ void SharedMemoryConnection::handleOffer(
   peerTrustsUs = peerOffer.getTrustsPeer();
   peerTakesBellSocket = peerOffer.getTakesBellSocket();
   peersFdsAhead = peerOffer.getMaxFdsAhead();
+  peersSealedBytes = peerOffer.getSealedBytes();
 
-  if (!createOutbox()) {
+  if (offered) {
+    putOff = true;
+    return;
+  }
+  if (!createOutbox(version)) {
     decline(KJ_ASSERT_NONNULL(plainReason));
     return;
   }
-  auto& o = *KJ_ASSERT_NONNULL(outbox);
-  o.writeHeader(version);
-  if (options.sealedThresholdBytes > 0 && peerOffer.getSealedBytes() > 0) {
-    o.allowSealed({ options.sealedThresholdBytes, peerOffer.getSealedBytes(),
-        options.trustPeer ? uint64_t(kj::maxValue) : options.sealedTotalBytes });
-  }
-  if (!offered) writeOffer();
+  writeOffer();
+  writeMapped();
+}
+
+void SharedMemoryConnection::writeMapped() {
   auto message = kj::heap<ControlMessage>();
   message->get().setMapped();
   writeControl(kj::mv(message));
   sentMapped = true;
+}
+
+// Many connections are made for one call. When its answer is there both sides' regions are made and
+// mapped, but no page of them was touched yet, and each that is costs page faults, and more when it is
+// unmapped. So the side that offered first leaves them alone until it goes to sleep with the
+// answer and without having closed the connection, or until it is clear before that there will be
+// more: its next message that begins something, whatever the peer begins, or more answers than one
+// call has.
+
+void SharedMemoryConnection::confirm() {
+  // Says that the peer's region is mapped, which was put off, and if the peer has said so too begins
+  // to share. Throws if the peer's header is wrong.
+  putOff = false;
+  KJ_ASSERT_NONNULL(outbox)->writeHeader(version);
+  writeMapped();
+  if (gotMapped) startSharing();
+}
+
+void SharedMemoryConnection::confirmBeforeSending(
+    kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments) {
+  if (!gotMapped) return;
+  if (segments.size() > 0) {
+    KJ_IF_MAYBE(kind, kindOf(segments[0])) {
+      switch (*kind) {
+        case capnp::rpc::Message::FINISH:
+        case capnp::rpc::Message::RELEASE:
+        case capnp::rpc::Message::ABORT:
+          return;
+        default:
+          break;
+      }
+    }
+  }
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { confirm(); })) {
+    fail(kj::mv(*exception));
+  }
+}
+
+void SharedMemoryConnection::confirmAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment) {
+  // Of a plain frame that is a message of Cap'n Proto's.
+  if (!putOff) return;
+  if (gotMapped) {
+    KJ_IF_MAYBE(kind, kindOf(firstSegment)) {
+      if (*kind == capnp::rpc::Message::RETURN && ++returnsWhilePutOff <= RETURNS_OF_ONE_CALL) {
+        active();  // See flush().
+        return;
+      }
+    }
+  }
+  // Without `mapped` the peer's offer was no answer: both sides offered at once, and both would wait
+  // for the other.
+  confirm();
 }
 
 void SharedMemoryConnection::handleRegion(
@@ -310,9 +370,22 @@ void SharedMemoryConnection::handleMapped() {
   KJ_REQUIRE(gotOffer && !gotDeclined,
       "peer mapped a region, but has not offered one or has declined ours", gotDeclined);
   gotMapped = true;
+  if (putOff) {
+    // Only confirm() is missing, and no more agreement.
+    outgoingStats.transport = Transport::SHARED_MEMORY;
+    active();  // See flush().
+    return;
+  }
   if (!sentMapped) return;   // We declined.
+  startSharing();
+}
 
+void SharedMemoryConnection::startSharing() {
   auto& o = KJ_ASSERT_NONNULL(outbox);
+  if (options.sealedThresholdBytes > 0 && peersSealedBytes > 0) {
+    o->allowSealed({ options.sealedThresholdBytes, peersSealedBytes,
+        options.trustPeer ? uint64_t(kj::maxValue) : options.sealedTotalBytes });
+  }
   InboxLimits limits;
   limits.traversalLimitInWords = receiveOptions.traversalLimitInWords;
   limits.nestingLimit = receiveOptions.nestingLimit;
@@ -396,6 +469,7 @@ void SharedMemoryConnection::stayPlain(kj::StringPtr reason) {
   plainReason = kj::str(reason);
   outgoingStats.transport = Transport::PLAIN;
   incomingStats.transport = Transport::PLAIN;
+  putOff = false;
   peerFirstRegion = nullptr;
   outbox = nullptr;
   if (shuttingDown) endTask = endWriting();

@@ -91,6 +91,7 @@ void SharedMemoryConnection::fail(kj::Exception&& exception) {
   // Breaks the connection: nothing more is sent or received.
   if (failure != nullptr) return;
   failure = kj::cp(exception);
+  putOff = false;
   waiting.clear();
   KJ_IF_MAYBE(fulfiller, drainedFulfiller) (*fulfiller)->reject(kj::cp(exception));
   if (!readCanceler.isEmpty()) readCanceler.cancel(kj::cp(exception));
@@ -107,6 +108,11 @@ void SharedMemoryConnection::wake() {
 void SharedMemoryConnection::flush() {
   // At the end, since messages that waited may be published here.
   KJ_DEFER(unflushedCount = 0; unflushedSize = 0);
+  if (putOff && gotMapped && unansweredCalls == 0 && !owner.isForked()) {
+    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { confirm(); })) {
+      fail(kj::mv(*exception));
+    }
+  }
   if (!outgoingShared || failure != nullptr || owner.isForked()) return;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     announceRegions();

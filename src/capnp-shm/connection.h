@@ -26,8 +26,8 @@ class SharedMemoryConnection final: public capnp::TwoPartyVatNetworkBase::Connec
   // Invariants:
   // - Messages leave in the order of their send(), whatever carries them.
   // - One read and one chain of writes on the socket at a time.
-  // - `outbox` is there from our offer on, `inbox` from the peer's `mapped` on; both before either
-  //   direction is shared.
+  // - `outbox` is there from our offer on, `inbox` from when both sides have sent `mapped`; both
+  //   before either direction is shared.
   //
   // Belongs to the thread of its event loop, except newOutgoingMessage().
 
@@ -102,7 +102,12 @@ private:
   bool gotMapped = false;
   bool gotDeclined = false;
   bool gotEcho = false;
+  bool putOff = false;
+  // Our offer came first, the peer's region is mapped, and `mapped` is still to be sent; see
+  // confirm().
+  uint returnsWhilePutOff = 0;
   bool peerTrustsUs = false;
+  uint64_t peersSealedBytes = 0;
   uint peersFdsAhead = MAX_FDS_AHEAD;
   uint64_t nonce = 0;
   uint32_t version = 0;
@@ -192,7 +197,7 @@ private:
 
   // connection-setup.c++ ------------------------------------------------------
 
-  bool createOutbox();
+  bool createOutbox(kj::Maybe<uint32_t> agreedVersion = nullptr);
   void writeOffer();
   bool handlePlainBody(
       kj::Maybe<capnp::AnyPointer::Reader> body, kj::ArrayPtr<kj::AutoCloseFd> fds);
@@ -203,6 +208,11 @@ private:
   void handleSealed(protocol::Sealed::Reader sealed, kj::ArrayPtr<kj::AutoCloseFd> fds);
   uint64_t acceptedSealedBytes() const;
   void handleMapped();
+  void writeMapped();
+  void confirm();
+  void confirmBeforeSending(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
+  void confirmAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment);
+  void startSharing();
   void switchIncoming(bool bellExpected);
   bool isMutualTrust() const { return options.trustPeer && peerTrustsUs; }
   void sendBell();

@@ -181,8 +181,18 @@ void requirePeerMemfd(int fd, int requiredSeals, uint64_t announcedBytes) {
       "peer sent shared memory with holes", stats.st_blocks, announcedBytes);
 }
 
-OwnRegion createRegion(size_t bytes) {
+OwnRegion createRegion(size_t bytes, kj::ArrayPtr<const kj::byte> beginning) {
   auto result = newSharedMemory(bytes);
+  if (beginning.size() > 0) {
+    KJ_REQUIRE(beginning.size() <= bytes, "a region begins with more than it holds",
+        beginning.size(), bytes);
+    ssize_t n;
+    KJ_SYSCALL(n = pwrite(result.fd, beginning.begin(), beginning.size(), 0),
+        "cannot write into shared memory");
+    // Within memory that is allocated; there is no reason to stop halfway but a broken kernel.
+    KJ_ASSERT(size_t(n) == beginning.size(), "pwrite() stopped halfway", n);
+    faultPoint();
+  }
   // After our own writable mapping, which FUTURE_WRITE leaves alone.
   KJ_SYSCALL(fcntl(result.fd, F_ADD_SEALS, REQUIRED_SEALS | F_SEAL_SEAL),
       "cannot seal shared memory; F_SEAL_FUTURE_WRITE needs Linux 5.1");

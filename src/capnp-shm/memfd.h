@@ -42,9 +42,9 @@ struct OwnRegion {
   Mapping mapping;
 };
 
-OwnRegion createRegion(size_t bytes);
-// Creates a region of `bytes` zeroed bytes, a positive multiple of the page size. Throws a
-// kj::Exception naming the failed call if the system refuses: memfd_create forbidden or unknown,
+OwnRegion createRegion(size_t bytes, kj::ArrayPtr<const kj::byte> beginning = nullptr);
+// Creates a region of `bytes` zeroed bytes, a positive multiple of the page size, except that it
+// begins with `beginning`, which is written without touching the mapping. Throws a kj::Exception naming the failed call if the system refuses: memfd_create forbidden or unknown,
 // no memory (ENOSPC, ENOMEM), no descriptor left (EMFILE), no F_SEAL_FUTURE_WRITE (before Linux
 // 5.1). Any thread.
 

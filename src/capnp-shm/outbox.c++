@@ -28,6 +28,26 @@ size_t roundUpToPages(size_t bytes) {
   return (bytes + pageSize - 1) / pageSize * pageSize;
 }
 
+void fillHeader(RegionHeader& header, const OutboxLimits& limits, uint32_t version) {
+  // Relaxed: published by the release store of the magic.
+  auto set = [](SharedWord& word, uint64_t value) {
+    word.store(value, std::memory_order_relaxed);
+    faultPoint();
+  };
+  set(header.version, version);
+  set(header.regionBytes, limits.firstRegionBytes);
+  set(header.freeOffset, sizeof(RegionHeader));
+  set(header.freeEntries, limits.freeEntries);
+  set(header.ringOffset, sizeof(RegionHeader) + limits.freeEntries * sizeof(SharedWord));
+  set(header.ringLines, FIRST_RING_LINES);
+  // Where the peer's ring starts, so that its first look at our counter finds no surprise.
+  set(header.consumed, FIRST_RING_LINES);
+  // Release: pairs with the acquire load in Inbox's constructor. In a header that is not in the
+  // region yet it orders nothing; the system call that puts it there does.
+  header.magic.store(REGION_MAGIC, std::memory_order_release);
+  faultPoint();
+}
+
 const void* threadAddress() {
   // Different in all threads that live at the same time.
   static thread_local char here;
@@ -47,9 +67,16 @@ bool OwnerThread::isForked() const { return generation != forkGeneration(); }
 // =======================================================================================
 // Setting up
 
-Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake)
+Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake,
+               kj::Maybe<uint32_t> version)
     : limits(limits), foreignWake(kj::mv(foreignWake)) {
-  auto memory = createRegion(limits.firstRegionBytes);
+  RegionHeader header {};
+  kj::ArrayPtr<const kj::byte> beginning;
+  KJ_IF_MAYBE(v, version) {
+    fillHeader(header, limits, *v);
+    beginning = kj::arrayPtr(reinterpret_cast<const kj::byte*>(&header), sizeof(header));
+  }
+  auto memory = createRegion(limits.firstRegionBytes, beginning);
   auto bytes = memory.mapping.bytes();
   totalBytes = bytes.size();
   regions.add(kj::heap<Region>(
@@ -80,23 +107,7 @@ kj::ArrayPtr<SharedWord> Outbox::getFreeRing() {
 }
 
 void Outbox::writeHeader(uint32_t version) {
-  auto& header = getHeader();
-  // Relaxed: published by the release store of the magic.
-  auto set = [](SharedWord& word, uint64_t value) {
-    word.store(value, std::memory_order_relaxed);
-    faultPoint();
-  };
-  set(header.version, version);
-  set(header.regionBytes, regions[0]->bytes);
-  set(header.freeOffset, sizeof(RegionHeader));
-  set(header.freeEntries, limits.freeEntries);
-  set(header.ringOffset, sizeof(RegionHeader) + limits.freeEntries * sizeof(SharedWord));
-  set(header.ringLines, FIRST_RING_LINES);
-  // Where the peer's ring starts, so that its first look at our counter finds no surprise.
-  set(header.consumed, FIRST_RING_LINES);
-  // Release: pairs with the acquire load in Inbox's constructor.
-  header.magic.store(REGION_MAGIC, std::memory_order_release);
-  faultPoint();
+  fillHeader(getHeader(), limits, version);
 }
 
 void Outbox::start(const RegionHeader& peer, kj::ArrayPtr<const SharedWord> peerFreeRing) {

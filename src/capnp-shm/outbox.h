@@ -84,9 +84,11 @@ class Outbox final: public kj::AtomicRefcounted {
   // connection as long as it must. Belongs to one thread, except where noted.
 
 public:
-  Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake);
+  Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake,
+         kj::Maybe<uint32_t> version = nullptr);
   // Makes the first region. Throws if the system refuses; see createRegion(). `foreignWake` is
-  // woken when a builder was destroyed on another thread, so that reclaim() should be called.
+  // woken when a builder was destroyed on another thread, so that reclaim() should be called. If the
+  // version is agreed already the region is made with its header, which saves touching a page of it.
 
   ~Outbox() noexcept(false);
 
@@ -102,7 +104,8 @@ public:
   size_t getFirstRegionBytes() const;
 
   void writeHeader(uint32_t version);
-  // Fills in the header of the first region, after the version was agreed.
+  // Fills in the header of the first region, once the version was agreed, if the constructor could
+  // not.
 
   RegionHeader& getHeader();
   kj::ArrayPtr<SharedWord> getFreeRing();

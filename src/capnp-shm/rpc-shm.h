@@ -137,6 +137,8 @@ enum class Transport: uint8_t {
   // Plain frames on the stream, for good.
 
   SHARED_MEMORY
+  // Agreed: the next call, at the latest, goes there. (What ends the first call, a Finish say, may be
+  // a plain frame yet; see docs/PROTOCOL.md 5.)
 };
 
 struct DirectionStats {

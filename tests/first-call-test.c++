@@ -1,0 +1,275 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#include "hand-made-peer.h"
+
+#include <fstream>
+#include <kj/function.h>
+#include <string>
+
+// That the first call of a connection touches no shared memory, and that nothing after it does
+// without: what a client puts off, and until when.
+
+namespace capnpshm {
+namespace testing {
+namespace {
+
+size_t touchedKibOfRegions() {
+  // Of all regions that this process has mapped.
+  std::ifstream smaps("/proc/self/smaps");
+  size_t result = 0;
+  bool region = false;
+  for (std::string line; std::getline(smaps, line);) {
+    if (line.find("-") < line.find(" ")) region = line.find("/memfd:capnp-shm") != line.npos;
+    if (region && line.compare(0, 4, "Rss:") == 0) result += std::stoul(line.substr(4));
+  }
+  return result;
+}
+
+class Pair {
+  // Two connected networks in one process, used without an RpcSystem.
+
+public:
+  Pair()
+      : io(kj::setupAsyncIo()), pipe(io.provider->newCapabilityPipe()),
+        client(context(), *pipe.ends[0], 1, Side::CLIENT),
+        server(context(), *pipe.ends[1], 1, Side::SERVER) {
+    capnp::MallocMessageBuilder message;
+    auto vatId = message.initRoot<capnp::rpc::twoparty::VatId>();
+    vatId.setSide(Side::SERVER);
+    atClient = KJ_ASSERT_NONNULL(client.connect(vatId));
+    atServer = server.accept().wait(io.waitScope);
+  }
+
+  using Connection = capnp::TwoPartyVatNetworkBase::Connection;
+  using Fill = kj::FunctionParam<void(capnp::rpc::Message::Builder)>;
+
+  static void send(Connection& from, Fill fill) {
+    auto message = from.newOutgoingMessage(0);
+    fill(message->getBody().initAs<capnp::rpc::Message>());
+    message->send();
+  }
+  void call(Connection& from, size_t bytes = 0) {
+    send(from, [&](capnp::rpc::Message::Builder m) {
+      m.initCall().getParams().getContent().initAs<capnp::Data>(bytes);
+    });
+  }
+  void answer() {
+    send(*atServer, [](capnp::rpc::Message::Builder m) { m.initReturn(); });
+  }
+  void receive(Connection& to) {
+    ASSERT_TRUE(to.receiveIncomingMessage().wait(io.waitScope) != nullptr);
+  }
+
+  void firstCall() {
+    call(*atClient);
+    receive(*atServer);
+    answer();
+    receive(*atClient);
+  }
+  void expectShared() {
+    for (int i = 0; i < 10; i++) kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+    // The server learns it when it reads.
+    auto end = atServer->receiveIncomingMessage();
+    kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+    auto reply = atClient->receiveIncomingMessage();
+    for (int i = 0; i < 10; i++) kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+    for (auto network: { &client, &server }) {
+      auto stats = network->getStats();
+      EXPECT_EQ(Transport::SHARED_MEMORY, stats.outgoing.transport);
+      EXPECT_EQ(Transport::SHARED_MEMORY, stats.incoming.transport);
+    }
+    EXPECT_GT(touchedKibOfRegions(), 0u);
+  }
+  uint64_t messagesInSharedMemory() {
+    auto stats = client.getStats().outgoing;
+    return stats.inlineMessages + stats.referencedMessages;
+  }
+
+  kj::AsyncIoContext io;
+  kj::CapabilityPipe pipe;
+  SharedMemoryVatNetwork client;
+  SharedMemoryVatNetwork server;
+  kj::Own<Connection> atClient;
+  kj::Own<Connection> atServer;
+
+private:
+  SharedMemoryContext context() { return { &io.unixEventPort, SharedMemoryOptions() }; }
+};
+
+TEST(FirstCall, TouchesNoSharedMemory) {
+  Pair pair;
+  pair.firstCall();
+  // Agreed it is.
+  EXPECT_EQ(Transport::SHARED_MEMORY, pair.client.getStats().outgoing.transport);
+  EXPECT_EQ(32u << 10, pair.client.getStats().regionBytes);
+  EXPECT_EQ(32u << 10, pair.server.getStats().regionBytes);
+  // What ends it does not count.
+  Pair::send(*pair.atClient, [](capnp::rpc::Message::Builder m) { m.initFinish(); });
+  Pair::send(*pair.atClient, [](capnp::rpc::Message::Builder m) { m.initRelease(); });
+  EXPECT_EQ(0u, touchedKibOfRegions());
+  EXPECT_EQ(0u, pair.messagesInSharedMemory());
+  // Nor does the end of the connection.
+  Pair::send(*pair.atClient, [](capnp::rpc::Message::Builder m) { m.initAbort(); });
+  pair.atClient = nullptr;
+  EXPECT_EQ(0u, touchedKibOfRegions());
+}
+
+TEST(FirstCall, WhoSleepsWithTheAnswerShares) {
+  Pair pair;
+  pair.firstCall();
+  EXPECT_EQ(0u, touchedKibOfRegions());
+  pair.expectShared();
+}
+
+TEST(FirstCall, WhoSleepsWithoutTheAnswerDoesNotYet) {
+  Pair pair;
+  pair.call(*pair.atClient);
+  pair.receive(*pair.atServer);
+  auto receiving = pair.atClient->receiveIncomingMessage();
+  for (int i = 0; i < 10; i++) ASSERT_FALSE(receiving.poll(pair.io.waitScope));
+  EXPECT_EQ(Transport::SHARED_MEMORY, pair.client.getStats().outgoing.transport);
+  EXPECT_EQ(0u, touchedKibOfRegions());
+  pair.answer();
+  receiving.wait(pair.io.waitScope);
+  EXPECT_EQ(0u, touchedKibOfRegions());
+  pair.expectShared();
+}
+
+TEST(FirstCall, IsNotFollowedByOthersOnTheSocket) {
+  Pair pair;
+  pair.firstCall();
+  uint64_t onSocket = pair.client.getStats().outgoing.socketMessages;
+  pair.call(*pair.atClient);
+  EXPECT_EQ(1u, pair.messagesInSharedMemory());
+  EXPECT_EQ(onSocket, pair.client.getStats().outgoing.socketMessages);
+  pair.receive(*pair.atServer);
+  pair.expectShared();
+}
+
+TEST(FirstCall, IsNotFollowedByOthersOnTheSocketWhileItIsPending) {
+  Pair pair;
+  pair.call(*pair.atClient);
+  pair.receive(*pair.atServer);
+  auto receiving = pair.atClient->receiveIncomingMessage();
+  ASSERT_FALSE(receiving.poll(pair.io.waitScope));
+  pair.call(*pair.atClient);
+  EXPECT_EQ(1u, pair.messagesInSharedMemory());
+  pair.receive(*pair.atServer);
+  pair.answer();
+  receiving.wait(pair.io.waitScope);
+  pair.expectShared();
+}
+
+TEST(FirstCall, LargeRequestAfterItIsBuiltInSharedMemory) {
+  Pair pair;
+  pair.firstCall();
+  auto message = pair.atClient->newOutgoingMessage(512);
+  message->getBody().initAs<capnp::rpc::Message>().initCall().getParams().getContent()
+      .initAs<capnp::Data>(2048);
+  message->send();
+  EXPECT_EQ(1u, pair.messagesInSharedMemory());
+  EXPECT_EQ(0u, pair.client.getStats().outgoing.copiedBytes);
+  pair.receive(*pair.atServer);
+  pair.expectShared();
+}
+
+TEST(FirstCall, ThreeAnswersAreMoreThanThoseOfOne) {
+  // Of a fourth call that is never answered.
+  Pair pair;
+  for (int i = 0; i < 4; i++) {
+    pair.call(*pair.atClient);
+    pair.receive(*pair.atServer);
+  }
+  for (int i = 0; i < 2; i++) {
+    pair.answer();
+    pair.receive(*pair.atClient);
+    EXPECT_EQ(0u, touchedKibOfRegions());
+  }
+  pair.answer();
+  pair.receive(*pair.atClient);
+  EXPECT_GT(touchedKibOfRegions(), 0u);
+  pair.expectShared();
+}
+
+TEST(FirstCall, PeerThatCallsBackShares) {
+  Pair pair;
+  pair.call(*pair.atClient);
+  pair.receive(*pair.atServer);
+  pair.call(*pair.atServer);
+  pair.receive(*pair.atClient);
+  EXPECT_GT(touchedKibOfRegions(), 0u);
+  pair.expectShared();
+}
+
+class UnansweredPeer: public HandMadePeer {
+  // A server that has agreed, and has not answered the first call.
+
+public:
+  explicit UnansweredPeer(uint64_t ringLines = FIRST_RING_LINES) {
+    startReceiving();
+    EXPECT_EQ(readControl(), protocol::Control::OFFER);
+    call();
+    EXPECT_EQ(kindOfNext(), capnp::rpc::Message::CALL);
+    auto& h = header();
+    h.version.store(PROTOCOL_VERSION);
+    h.regionBytes.store(REGION_BYTES);
+    h.freeOffset.store(sizeof(RegionHeader));
+    h.ringOffset.store(sizeof(RegionHeader));
+    h.ringLines.store(ringLines);
+    h.consumed.store(FIRST_RING_LINES);
+    h.magic.store(REGION_MAGIC);
+    writeOffer(true);
+    writeMapped();
+    settle();
+  }
+
+  void call() {
+    auto message = connection->newOutgoingMessage(0);
+    message->getBody().initAs<capnp::rpc::Message>().initCall();
+    message->send();
+  }
+  capnp::rpc::Message::Which kindOfNext() {
+    auto message = read();
+    return message->getRoot<capnp::rpc::Message>().which();
+  }
+};
+
+TEST(FirstCall, EndOfThePeersMessagesIsTakenWhileItIsPending) {
+  UnansweredPeer peer;
+  peer.writeControl([](protocol::Control::Builder control) { control.setEnd(); });
+  peer.settle();
+  ASSERT_EQ(peer.failure, "");
+  ASSERT_TRUE(peer.ended);
+  EXPECT_EQ(peer.readControl(), protocol::Control::MAPPED);
+  EXPECT_EQ(peer.readControl(), protocol::Control::SWITCH);
+}
+
+TEST(FirstCall, WrongHeaderIsFoundBeforeTheNext) {
+  UnansweredPeer peer(2 * FIRST_RING_LINES);
+  EXPECT_EQ(peer.failure, "");
+  EXPECT_NO_THROW(peer.call());
+  peer.expectFailure("first descriptor ring is not of the size");
+}
+
+TEST(FirstCall, WrongHeaderIsFoundWhenTheNextIsBuilt) {
+  UnansweredPeer peer(2 * FIRST_RING_LINES);
+  kj::Own<capnp::OutgoingRpcMessage> message;
+  EXPECT_NO_THROW(message = peer.connection->newOutgoingMessage(1000));
+  message->getBody().initAs<capnp::rpc::Message>().initCall();
+  EXPECT_NO_THROW(message->send());
+  peer.expectFailure("first descriptor ring is not of the size");
+}
+
+TEST(FirstCall, OffersThatCrossAreBothConfirmed) {
+  // What follows the peer's offer is not its `mapped`: it waits for ours too.
+  HandMadePeer peer;
+  peer.startReceiving();
+  EXPECT_EQ(peer.readControl(), protocol::Control::OFFER);
+  peer.writeOffer(true);
+  peer.writeFinish(1);
+  EXPECT_EQ(peer.readControl(), protocol::Control::MAPPED);
+}
+
+}  // namespace
+}  // namespace testing
+}  // namespace capnpshm
