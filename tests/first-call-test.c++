@@ -121,6 +121,15 @@ TEST(FirstCall, WhoSleepsWithTheAnswerShares) {
   pair.expectShared();
 }
 
+TEST(FirstCall, WhoHasEndedItsMessagesSharesNoMore) {
+  Pair pair;
+  pair.firstCall();
+  auto end = pair.atClient->shutdown();
+  auto receiving = pair.atClient->receiveIncomingMessage();
+  for (int i = 0; i < 10; i++) kj::Promise<void>(kj::NEVER_DONE).poll(pair.io.waitScope);
+  EXPECT_EQ(0u, touchedKibOfRegions());
+}
+
 TEST(FirstCall, WhoSleepsWithoutTheAnswerDoesNotYet) {
   Pair pair;
   pair.call(*pair.atClient);

@@ -55,6 +55,22 @@ TEST(Memfd, PeerSeesWhatOwnerWrites) {
   EXPECT_EQ(SIZE, peer.bytes().size());
 }
 
+TEST(Memfd, RegionMayBeginWithSomething) {
+  auto beginning = kj::heapArray<byte>(100);
+  memset(beginning.begin(), 7, beginning.size());
+  auto own = createRegion(SIZE, beginning);
+  // Nothing is touched for it, which would cost a page fault.
+  auto resident = KJ_ASSERT_NONNULL(mappingField(own.mapping.bytes().begin(), "Rss:"));
+  EXPECT_EQ(0u, std::stoul(resident.cStr()));
+  auto peer = mapPeerRegion(own.fd, SIZE, SIZE);
+  for (auto bytes: { own.mapping.bytes(), peer.bytes() }) {
+    EXPECT_TRUE(bytes.slice(0, 100) == beginning);
+    EXPECT_EQ(0, bytes[100]);
+    EXPECT_EQ(0, bytes[SIZE - 1]);
+  }
+  EXPECT_ANY_THROW(createRegion(SIZE, kj::heapArray<byte>(SIZE + 1)));
+}
+
 template <typename Func>
 void expectFails(int error, Func&& call, const char* what) {
   errno = 0;

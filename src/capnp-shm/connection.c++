@@ -108,7 +108,9 @@ void SharedMemoryConnection::wake() {
 void SharedMemoryConnection::flush() {
   // At the end, since messages that waited may be published here.
   KJ_DEFER(unflushedCount = 0; unflushedSize = 0);
-  if (putOff && gotMapped && unansweredCalls == 0 && !owner.isForked()) {
+  if (putOff && gotMapped && unansweredCalls == 0 && previousWrite != nullptr &&
+      !owner.isForked()) {
+    // The first call is over, and the connection is not.
     KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { confirm(); })) {
       fail(kj::mv(*exception));
     }

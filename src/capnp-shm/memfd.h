@@ -43,10 +43,10 @@ struct OwnRegion {
 };
 
 OwnRegion createRegion(size_t bytes, kj::ArrayPtr<const kj::byte> beginning = nullptr);
-// Creates a region of `bytes` zeroed bytes, a positive multiple of the page size, except that it
-// begins with `beginning`, which is written without touching the mapping. Throws a kj::Exception naming the failed call if the system refuses: memfd_create forbidden or unknown,
-// no memory (ENOSPC, ENOMEM), no descriptor left (EMFILE), no F_SEAL_FUTURE_WRITE (before Linux
-// 5.1). Any thread.
+// Creates a region of `bytes` bytes, a positive multiple of the page size: `beginning`, which is
+// written without touching the mapping, and zeros behind it. Throws a kj::Exception naming the failed
+// call if the system refuses: memfd_create forbidden or unknown, no memory (ENOSPC, ENOMEM), no
+// descriptor left (EMFILE), no F_SEAL_FUTURE_WRITE (before Linux 5.1). Any thread.
 
 Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes);
 // Maps read-only a region which the peer created and whose fd it sent. `fd` stays the caller's
