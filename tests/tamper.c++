@@ -101,7 +101,12 @@ void OwnRegions::find() {
     if (load(words[0]) == REGION_MAGIC) {
       firstIndex = regions.size();
       if (ringOffset == 0) {
-        ringOffset = load(reinterpret_cast<RegionHeader*>(words)->ringOffset);
+        // Unless an attack has damaged that already.
+        uint64_t offset = load(reinterpret_cast<RegionHeader*>(words)->ringOffset);
+        if (offset % CACHE_LINE == 0 && offset >= sizeof(RegionHeader) &&
+            offset + FIRST_RING_LINES * sizeof(DescriptorLine) <= end - begin) {
+          ringOffset = offset;
+        }
       }
     }
     regions.push_back(kj::arrayPtr(words, (end - begin) / sizeof(SharedWord)));
@@ -110,7 +115,7 @@ void OwnRegions::find() {
 
 kj::ArrayPtr<SharedWord> OwnRegions::first() {
   if (regions.empty() || ++uses % 2000 == 0) find();
-  if (regions.empty() || load(regions[firstIndex][0]) != REGION_MAGIC) {
+  if (regions.empty() || ringOffset == 0 || load(regions[firstIndex][0]) != REGION_MAGIC) {
     regions.clear();
     return nullptr;
   }

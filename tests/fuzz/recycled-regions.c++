@@ -17,12 +17,14 @@ namespace fuzz {
 using kj::byte;
 using kj::uint;
 
-OwnRegion realCreateRegion(size_t bytes) asm("__real__ZN8capnpshm12createRegionEm");
+OwnRegion realCreateRegion(size_t bytes, kj::ArrayPtr<const byte> beginning)
+    asm("__real__ZN8capnpshm12createRegionEmN2kj8ArrayPtrIKhEE");
 Mapping realMapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes)
     asm("__real__ZN8capnpshm13mapPeerRegionEimm");
 void realUnmap(Mapping* mapping) asm("__real__ZN8capnpshm7MappingD1Ev");
 
-OwnRegion wrappedCreateRegion(size_t bytes) asm("__wrap__ZN8capnpshm12createRegionEm");
+OwnRegion wrappedCreateRegion(size_t bytes, kj::ArrayPtr<const byte> beginning)
+    asm("__wrap__ZN8capnpshm12createRegionEmN2kj8ArrayPtrIKhEE");
 Mapping wrappedMapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes)
     asm("__wrap__ZN8capnpshm13mapPeerRegionEimm");
 void wrappedUnmap(Mapping* mapping) asm("__wrap__ZN8capnpshm7MappingD1Ev");
@@ -82,14 +84,15 @@ int duplicate(int fd) {
 
 }  // namespace
 
-OwnRegion wrappedCreateRegion(size_t bytes) {
+OwnRegion wrappedCreateRegion(size_t bytes, kj::ArrayPtr<const byte> beginning) {
   for (auto& region: pool()) {
     if (region.users == 0 && region.own.size() == bytes) {
       region.users = 1;
+      if (beginning.size() > 0) memcpy(region.own.begin(), beginning.begin(), beginning.size());
       return { kj::AutoCloseFd(duplicate(region.fd)), Mapping(region.own.begin(), bytes) };
     }
   }
-  auto fresh = realCreateRegion(bytes);
+  auto fresh = realCreateRegion(bytes, beginning);
   if (keptBytes + bytes > MAX_KEPT_BYTES) return fresh;
   keptBytes += bytes;
   struct stat stats;
