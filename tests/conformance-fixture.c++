@@ -93,6 +93,7 @@ Network::Network(const EndMode& mode, kj::UnixEventPort& port, kj::AsyncIoStream
       if (mode.port) context.port = &port;
       context.options.trustPeer = mode.trust;
       if (mode.sealed) context.options.sealedThresholdBytes = 16 * 1024;
+      if (!mode.spins) context.options.spinMicroseconds = 0;
       if (mode.small) {
         context.options.firstRegionBytes = 16 * 1024;
         context.options.maxBytes = 64 * 1024;

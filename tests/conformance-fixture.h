@@ -38,6 +38,8 @@ struct EndMode {
   // So little shared memory that every large message, and many small ones, must wait for room.
   bool sealed = false;
   // Segments of 16 KiB and more are sealed.
+  bool spins = true;
+  // If not, a connection makes further regions as soon as it could use one.
 };
 
 enum class StreamKind {

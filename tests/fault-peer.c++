@@ -93,7 +93,8 @@ class Peer {
 
 public:
   Peer(kj::AsyncIoContext& io, Side side, int socket): io(io) {
-    EndMode mode { EndMode::CONTEXT, side, isSet("trust"), isSet("port"), isSet("small") };
+    EndMode mode { EndMode::CONTEXT, side, isSet("trust"), isSet("port"), isSet("small"), false,
+                   !isSet("noSpin") };
     LinkOptions options;
     options.maxFds = MAX_FDS;
     end = kj::heap<End>(mode, io.unixEventPort, wrapSocket(io, kj::AutoCloseFd(socket)), options);

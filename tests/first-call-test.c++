@@ -29,8 +29,8 @@ class Pair {
   // Two connected networks in one process, used without an RpcSystem.
 
 public:
-  Pair()
-      : io(kj::setupAsyncIo()), pipe(io.provider->newCapabilityPipe()),
+  explicit Pair(SharedMemoryOptions options = SharedMemoryOptions())
+      : options(options), io(kj::setupAsyncIo()), pipe(io.provider->newCapabilityPipe()),
         client(context(), *pipe.ends[0], 1, Side::CLIENT),
         server(context(), *pipe.ends[1], 1, Side::SERVER) {
     capnp::MallocMessageBuilder message;
@@ -85,6 +85,7 @@ public:
     return stats.inlineMessages + stats.referencedMessages;
   }
 
+  SharedMemoryOptions options;
   kj::AsyncIoContext io;
   kj::CapabilityPipe pipe;
   SharedMemoryVatNetwork client;
@@ -93,7 +94,7 @@ public:
   kj::Own<Connection> atServer;
 
 private:
-  SharedMemoryContext context() { return { &io.unixEventPort, SharedMemoryOptions() }; }
+  SharedMemoryContext context() { return { &io.unixEventPort, options }; }
 };
 
 TEST(FirstCall, TouchesNoSharedMemory) {
@@ -267,6 +268,32 @@ TEST(FirstCall, WrongHeaderIsFoundWhenTheNextIsBuilt) {
   message->getBody().initAs<capnp::rpc::Message>().initCall();
   EXPECT_NO_THROW(message->send());
   peer.expectFailure("first descriptor ring is not of the size");
+}
+
+TEST(FirstCall, LargeOneAfterItNeedsNoFurtherRegion) {
+  // Unless spins cannot make up for one.
+  for (bool spins: { true, false }) {
+    SharedMemoryOptions options;
+    if (!spins) options.spinMicroseconds = 0;
+    Pair pair(options);
+    pair.firstCall();
+    auto reply = pair.atClient->receiveIncomingMessage();
+    pair.call(*pair.atClient, 30000);
+    pair.receive(*pair.atServer);
+    EXPECT_EQ(spins ? 1u : 2u, pair.client.getStats().regions);
+  }
+}
+
+TEST(FirstCall, LargeOneAfterItNeedsARegionIfWeSleepMeanwhile) {
+  HandMadePeer peer;
+  peer.upgrade();
+  peer.send(60000);
+  for (int i = 0; i < 3; i++) {
+    EXPECT_EQ(1u, peer.network.getStats().regions) << i;
+    peer.ringBell();
+    peer.settle();
+  }
+  EXPECT_EQ(2u, peer.network.getStats().regions);
 }
 
 TEST(FirstCall, OffersThatCrossAreBothConfirmed) {

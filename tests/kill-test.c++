@@ -450,7 +450,7 @@ TEST_P(KillAtRandom, Servers) {
   expectMostKilled(killed);
 }
 
-INSTANTIATE_TEST_SUITE_P(Modes, KillAtRandom, testing::ValuesIn(sharedModes()), modeName);
+INSTANTIATE_TEST_SUITE_P(Modes, KillAtRandom, testing::ValuesIn(spinningModes()), modeName);
 
 }  // namespace
 }  // namespace process

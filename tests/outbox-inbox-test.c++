@@ -389,7 +389,9 @@ TEST(OutboxInbox, LargeCopiesReuseWarmMemory) {
     auto list = message.getBody().getAs<capnp::List<capnp::Data>>();
     return list[0].begin();
   };
+  const byte* unkept = addressOf(*receive(0));
   const byte* first = addressOf(*receive(1));
+  EXPECT_NE(unkept, first) << "there might have been no second one";
   auto second = receive(2);
   EXPECT_EQ(first, addressOf(*second));
   EXPECT_NE(first, addressOf(*receive(3))) << "while a message has it, it is that message's";

@@ -151,6 +151,7 @@ struct EndOptions {
   bool inPlace = false;
   kj::uint freeEntries = 512;
   size_t retiredBytes = kj::maxValue;
+  size_t growAtOnceBytes = 0;
 };
 
 class Mailbox {
@@ -191,7 +192,8 @@ class End final: public MessageSender {
 public:
   explicit End(const EndOptions& options): options(options) {
     OutboxLimits limits { options.firstRegionBytes, options.maxBytes,
-                          options.inPlace ? options.freeEntries : 0, options.retiredBytes };
+                          options.inPlace ? options.freeEntries : 0, options.retiredBytes,
+                          options.growAtOnceBytes };
     outbox = kj::atomicRefcounted<Outbox>(limits, kj::atomicRefcounted<ForeignWake>());
     outbox->writeHeader(PROTOCOL_VERSION);
   }

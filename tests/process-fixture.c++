@@ -153,6 +153,7 @@ std::vector<std::string> ProcessMode::arguments(
   if (!isShared()) result.push_back("twoParty=1");
   if (trust) result.push_back("trust=1");
   if (port) result.push_back("port=1");
+  if (!spins) result.push_back("noSpin=1");
   result.insert(result.end(), more.begin(), more.end());
   return result;
 }
@@ -166,9 +167,15 @@ std::vector<ProcessMode> processModes() {
   };
 }
 
-std::vector<ProcessMode> sharedModes() {
+std::vector<ProcessMode> spinningModes() {
   auto result = processModes();
   result.erase(result.begin());
+  return result;
+}
+
+std::vector<ProcessMode> sharedModes() {
+  auto result = spinningModes();
+  for (auto& mode: result) mode.spins = false;
   return result;
 }
 

@@ -97,10 +97,13 @@ struct ProcessMode {
   EndMode::Kind kind;
   bool trust = false;
   bool port = false;
+  bool spins = true;
 
   bool isShared() const { return kind != EndMode::TWO_PARTY; }
   Transport expected() const { return isShared() ? Transport::SHARED_MEMORY : Transport::PLAIN; }
-  EndMode end(Side side, bool small = false) const { return { kind, side, trust, port, small }; }
+  EndMode end(Side side, bool small = false) const {
+    return { kind, side, trust, port, small, false, spins };
+  }
   std::vector<std::string> arguments(kj::StringPtr role, std::vector<std::string> more = {}) const;
   // For a helper whose end is made in the same way.
 };
@@ -111,8 +114,11 @@ inline std::string modeName(const testing::TestParamInfo<ProcessMode>& info) {
 }
 
 std::vector<ProcessMode> processModes();
-std::vector<ProcessMode> sharedModes();
+std::vector<ProcessMode> spinningModes();
 // Without the reference.
+
+std::vector<ProcessMode> sharedModes();
+// The same without spinning: then few calls make a connection go through all that there is.
 
 struct SocketPair {
   kj::AutoCloseFd mine;

@@ -28,7 +28,8 @@ class Peer {
 public:
   explicit Peer(Side side): io(kj::setupAsyncIo()) {
     EndMode mode { isSet("twoParty") ? EndMode::TWO_PARTY : EndMode::CONTEXT,
-                   side, isSet("trust"), isSet("port"), isSet("small") };
+                   side, isSet("trust"), isSet("port"), isSet("small"), false,
+                   !isSet("noSpin") };
     LinkOptions options;
     options.maxFds = numberOf("maxFds");
     end = kj::heap<End>(mode, io.unixEventPort,

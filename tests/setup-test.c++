@@ -399,7 +399,9 @@ TEST(HostilePeer, BadCounterDoesNotThrowFromSend) {
 
 TEST(HostilePeer, AnswerBeforeTheAnnouncementGetsNoOtherDescriptor) {
   // It was closed at the answer, and its number, which something else had by then, was sent.
-  HandMadePeer peer;
+  SharedMemoryOptions options;
+  options.spinMicroseconds = 0;  // So that it makes a region at once.
+  HandMadePeer peer(options);
   int smallest = 1;
   peer.pipe.ends[0]->setsockopt(SOL_SOCKET, SO_SNDBUF, &smallest, sizeof(smallest));
   peer.upgrade();

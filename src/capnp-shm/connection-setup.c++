@@ -2,6 +2,7 @@
 
 #include "connection.h"
 
+#include "huge-pages.h"
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -40,6 +41,8 @@ bool SharedMemoryConnection::createOutbox(kj::Maybe<uint32_t> agreedVersion) {
     limits.maxBytes = kj::max(options.maxBytes, limits.firstRegionBytes);
     limits.freeEntries = options.trustPeer ? FREE_RING_ENTRIES : 0;
     limits.retiredBytes = options.peerLimits.retiredBytes;
+    // Without spinning, the sides sleep after each few parts.
+    limits.growAtOnceBytes = options.spinMicroseconds > 0 ? 4 * HUGE_PAGE : 0;
     outbox = kj::atomicRefcounted<Outbox>(
         limits, kj::atomicAddRef(*foreignWake), agreedVersion);
   })) {

@@ -170,6 +170,7 @@ void SharedMemoryConnection::sleep() {
       s.wake();  // The peer need not ring.
     } else if (s.arm((wantsData() ? WANT_DATA : 0) | (waiting.empty() ? 0 : WANT_ROOM))) {
       ++sleeps;
+      if (!waiting.empty()) KJ_ASSERT_NONNULL(outbox)->sleptForRoom();
       if (poll()) {
         wake();
         active();

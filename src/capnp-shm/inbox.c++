@@ -107,7 +107,11 @@ bool Inbox::addRegion(uint32_t id, kj::Maybe<int> fd, uint64_t bytes) {
 kj::Array<word> Inbox::newCopy(IncomingMessage& message, size_t words) {
   // Memory to copy `message` to.
   if (words < LARGE_BUFFER_WORDS) return kj::heapArray<word>(words);
-  if (pool == nullptr) pool = kj::atomicRefcounted<BufferPool>(limits.maxBytes / 4);
+  if (pool == nullptr) {
+    pool = kj::atomicRefcounted<BufferPool>(limits.maxBytes / 4);
+    // There may be no second one for which to keep it.
+    if (words < MAX_MALLOC_WORDS) return kj::heapArray<word>(words);
+  }
   auto& p = KJ_ASSERT_NONNULL(pool);
   message.returnCopyTo(kj::atomicAddRef(*p));
   return p->take(words);
@@ -167,6 +171,8 @@ kj::Maybe<kj::Own<IncomingMessage>> Inbox::tryTake(
           assembly = nullptr;
           return kj::mv(result);
         }
+        // So that the next parts are copied there while we read those that are here.
+        if (publishConsumed(false)) freedSomething = true;
         continue;
       case DescriptorKind::JUMP:
         takeJump();

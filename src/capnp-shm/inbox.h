@@ -117,8 +117,8 @@ public:
   // side or if `force`. True if something was published.
 
   bool takeFreed();
-  // Whether handles were freed since the last call, so that a peer that wants room must be woken.
-  // Also frees what was released on other threads.
+  // Whether handles were freed since the last call, or tryTake() has told of consumption, so that a
+  // peer that wants room must be woken. Also frees what was released on other threads.
 
   void close();
   // The connection is gone: messages need not be given back any more.
@@ -162,7 +162,7 @@ private:
   uint64_t messages = 0;
   uint64_t publishedPosition;
   uint64_t consumedBytes = 0;    // Of blocks, since consumption was last published.
-  bool freedSomething = false;
+  bool freedSomething = false;   // Or consumed, within tryTake().
   kj::Maybe<kj::Function<void()>> releaseCallback;
   bool closed = false;
   uint64_t copiedBytes = 0;

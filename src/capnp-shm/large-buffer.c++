@@ -4,6 +4,7 @@
 
 #include "huge-pages.h"
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <kj/debug.h>
@@ -28,6 +29,25 @@ protected:
 
 constexpr PagesDisposer PAGES_DISPOSER {};
 
+class CallocDisposer final: public kj::ArrayDisposer {
+protected:
+  void disposeImpl(void* firstElement, size_t, size_t, size_t,
+                   void (*)(void*)) const override {
+    free(firstElement);
+  }
+};
+
+constexpr CallocDisposer CALLOC_DISPOSER {};
+
+kj::Array<word> newPages(size_t words) {
+  size_t bytes = words * sizeof(word);
+  void* pages = mapAligned(bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+  if (pages == MAP_FAILED) KJ_FAIL_SYSCALL("mmap", errno, "no memory for a message", bytes);
+  // Only faster with it; a kernel without huge pages refuses.
+  madvise(pages, bytes, MADV_HUGEPAGE);
+  return kj::Array<word>(reinterpret_cast<word*>(pages), words, PAGES_DISPOSER);
+}
+
 }  // namespace
 
 kj::Array<word> newZeroedBuffer(size_t words) {
@@ -36,12 +56,14 @@ kj::Array<word> newZeroedBuffer(size_t words) {
     memset(result.begin(), 0, words * sizeof(word));
     return result;
   }
-  size_t bytes = words * sizeof(word);
-  void* pages = mapAligned(bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
-  if (pages == MAP_FAILED) KJ_FAIL_SYSCALL("mmap", errno, "no memory for a message", bytes);
-  // Only faster with it; a kernel without huge pages refuses.
-  madvise(pages, bytes, MADV_HUGEPAGE);
-  return kj::Array<word>(reinterpret_cast<word*>(pages), words, PAGES_DISPOSER);
+  if (words < MAX_MALLOC_WORDS) {
+    void* memory = calloc(words, sizeof(word));
+    if (memory == nullptr) {
+      KJ_FAIL_SYSCALL("calloc", errno, "no memory for a message", words * sizeof(word));
+    }
+    return kj::Array<word>(reinterpret_cast<word*>(memory), words, CALLOC_DISPOSER);
+  }
+  return newPages(words);
 }
 
 kj::Array<word> BufferPool::take(size_t words) {
@@ -63,7 +85,7 @@ kj::Array<word> BufferPool::take(size_t words) {
       }
     }
   }
-  return newZeroedBuffer(words);
+  return newPages(words);
 }
 
 void BufferPool::giveBack(kj::Array<word>&& buffer) {

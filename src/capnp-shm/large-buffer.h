@@ -11,12 +11,16 @@
 namespace capnpshm {
 
 constexpr size_t LARGE_BUFFER_WORDS = (1 << 20) / sizeof(capnp::word);
-// From 1 MiB on, fresh memory costs more than what is done with it: a page fault for each page, and
-// malloc() gives back what is largest as soon as it is freed.
+// From 1 MiB on, fresh memory costs more than what is done with it: a page fault for each page. Who
+// needs such memory again and again should keep it, in huge pages; see BufferPool.
+
+constexpr size_t MAX_MALLOC_WORDS = (32 << 20) / sizeof(capnp::word);
+// What is smaller and needed only once is likely to be warm already if it comes from malloc(), which
+// has it from the last connection, say. What is larger glibc maps and unmaps each time.
 
 kj::Array<capnp::word> newZeroedBuffer(size_t words);
-// Private memory of zeros. If it is large it is mapped, in huge pages where the system lends them,
-// and pages that nobody touches cost nothing. Any thread.
+// Private memory of zeros, from MAX_MALLOC_WORDS on in huge pages where the system lends them. Pages
+// that nobody touches cost nothing, if they are new. Any thread.
 
 class BufferPool final: public kj::AtomicRefcounted {
   // Large private buffers that messages were copied to, kept for the next messages of their size

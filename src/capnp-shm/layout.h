@@ -115,7 +115,7 @@ enum class DescriptorKind: uint8_t {
   // for the table, which is an array of SegmentEntry.
 
   BEGIN = 3,
-  // A message that is larger than shared memory allows and comes in parts. Body: one word of free
+  // A message that comes in parts, since there is no room for it in one piece. Body: one word of free
   // handle, one SegmentEntry for a table with one word for each segment, its size in words. PART
   // descriptors follow until all words are there; nothing else does in between but JUMP.
 

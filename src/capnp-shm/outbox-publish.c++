@@ -135,8 +135,9 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
       reclaim();
       KJ_IF_MAYBE(block2, arena.tryAllocate(copyBytes)) {
         copy = block2;
-      } else if (inFlight.empty()) {
-        // Nothing that the peer consumes will make a larger gap: held blocks are in between.
+      } else if (inFlight.empty() || copyBytes > arena.getCapacity()) {
+        // Nothing that the peer consumes will make a larger gap: held blocks are in between, or it
+        // is all too small.
         return publishInParts(message, fdCount);
       } else {
         return false;
@@ -232,10 +233,12 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     kj::ArrayPtr<byte> bytes;  // Empty if there is none.
     Arena::Block* block;       // Null for the reserve.
   };
+  size_t needed = 0;
+  for (auto& segment: message.getSegments()) needed += segment.size() * sizeof(word);
   auto findPlace = [&](size_t bytes, size_t least) -> Place {
     // As much as there is, from `bytes` down to `least`.
     for (;;) {
-      KJ_IF_MAYBE(block, allocateOrGrow(bytes)) {
+      KJ_IF_MAYBE(block, allocateOrGrow(bytes, needed)) {
         auto region = findRegion(block->getRegion());
         if (region->state == Region::MAPPED) return { block->bytes(), block };
         awaitRegion(*region, *block);
@@ -291,7 +294,10 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
   while (progress.wordsLeft > 0) {
     if (!ringHasRoom(kj::size(body))) return false;
     size_t rest = progress.wordsLeft * sizeof(word);
-    size_t wanted = kj::min(rest, kj::max(kj::min(limits.maxBytes / 16, MAX_PART), MIN_PART));
+    size_t most = kj::min(limits.maxBytes / 16, MAX_PART);
+    // So that one can be filled while the one before is being read.
+    if (!isWorthGrowing(needed)) most = kj::min(most, totalBytes / 8);
+    size_t wanted = kj::min(rest, kj::max(most, MIN_PART));
     if (partBytesInFlight + wanted > MAX_PARTS_IN_FLIGHT && !inFlight.empty()) return false;
     // Not through any gap, however small: the reserve is larger, as soon as it is free.
     auto place = findPlace(wanted, kj::min(wanted, reserve.size() / 2));

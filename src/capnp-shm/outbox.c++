@@ -19,6 +19,9 @@ constexpr size_t RECLAIM_INTERVAL = 8192;
 constexpr size_t RESERVE_BYTES = 4096;
 constexpr size_t ZEROED_AT_A_TIME = 32 * 1024;
 constexpr size_t MIN_ARENA_BYTES = 1024;
+constexpr size_t SHORT_MESSAGES = 8;
+constexpr uint SLEEPS_FOR_ROOM = 3;
+// A sleep and its wake-up for each few parts cost more than anything else.
 
 static_assert(MAX_SEGMENTS * sizeof(word) <= RESERVE_BYTES,
     "the table of a message in parts must fit into the reserve");
@@ -255,10 +258,25 @@ bool Outbox::mayHold(size_t bytes) {
   return arena.getBytesInUse() + bytes <= (arena.getCapacity() + growth) / 4 * 3;
 }
 
-kj::Maybe<Arena::Block&> Outbox::allocateOrGrow(size_t bytes) {
+kj::Maybe<Arena::Block&> Outbox::allocateOrGrow(size_t bytes, size_t neededBytes) {
+  // A message needs `neededBytes`, if that is more, of which these are a part.
   KJ_IF_MAYBE(block, arena.tryAllocate(bytes)) return *block;
-  if (!tryGrow(bytes)) return nullptr;
+  if (!isWorthGrowing(kj::max(bytes, neededBytes)) || !tryGrow(bytes)) return nullptr;
   return arena.tryAllocate(bytes);
+}
+
+bool Outbox::isWorthGrowing(size_t neededBytes) {
+  // Whether to make a region for a message that needs so much. For each page of it both sides have
+  // a page fault, so that it costs about as much as SHORT_MESSAGES messages lose which are copied in
+  // parts through the few pages that are warm already. So the first few are; as in the ski rental
+  // problem, what that costs in all is at most twice the best that could be done, whatever follows.
+  if (sleepsForRoom >= SLEEPS_FOR_ROOM) return true;
+  if (lastShortage != published) {
+    // Once for each message, which asks again and again.
+    lastShortage = published;
+    bytesShort += neededBytes;
+  }
+  return bytesShort > kj::min(neededBytes * SHORT_MESSAGES, limits.growAtOnceBytes);
 }
 
 Parcel& Outbox::newParcel() {

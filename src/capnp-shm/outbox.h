@@ -65,6 +65,9 @@ struct OutboxLimits {
   size_t maxBytes;
   uint freeEntries;         // For the free ring, in which our side frees what it reads; or 0.
   size_t retiredBytes = kj::maxValue;  // At most `maxBytes` in any case.
+  size_t growAtOnceBytes = 0;
+  // Messages which lack no more than this, in all, may have to do without a new region; see
+  // Outbox::isWorthGrowing().
 };
 
 class Outbox final: public kj::AtomicRefcounted {
@@ -169,6 +172,9 @@ public:
   // wait: for room, or until the peer has mapped a region. Then it must be tried again before any
   // other message.
 
+  void sleptForRoom() { ++sleepsForRoom; }
+  // This side has slept while a message waited for room or was on its way in parts.
+
   bool hasNews() const;
   // Whether the peer has consumed or freed something since reclaim() was last called, or another
   // thread has destroyed a builder.
@@ -244,6 +250,10 @@ private:
   // too few, so that a load with rare bursts does not make and retire regions for ever.
 
   bool growthAllowed = true;
+  uint64_t lastShortage = kj::maxValue;  // Value of `published` when memory was last short.
+  size_t bytesShort = 0;                 // What was needed then, in all.
+  uint sleepsForRoom = 0;
+
   kj::Maybe<kj::Exception> violation;
   // Of the protocol by the peer, found where it could not be told: a bad handle, once taken from
   // the free ring, would not be found again.
@@ -275,7 +285,8 @@ private:
   void releaseIfDone(Parcel& parcel);
   void drainForeignReleases();
   Region* findRegion(uint32_t id);
-  kj::Maybe<Arena::Block&> allocateOrGrow(size_t bytes);
+  kj::Maybe<Arena::Block&> allocateOrGrow(size_t bytes, size_t neededBytes = 0);
+  bool isWorthGrowing(size_t neededBytes);
   bool tryGrow(size_t bytes);
   void tryGrowRing();
   void countPublished();

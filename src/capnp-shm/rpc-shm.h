@@ -61,7 +61,8 @@ struct SharedMemoryOptions {
 
   size_t firstRegionBytes = 32 * 1024;
   // Size of the first region of shared memory that this side writes, in bytes; rounded up to whole
-  // pages, at least 16 KiB. Further regions are added as needed, growing geometrically.
+  // pages, at least 16 KiB. Further regions are added as needed, growing geometrically; the first few
+  // messages of up to 8 MiB that lack room go in parts instead, copied, except without spinning.
 
   size_t maxBytes = 256 * 1024 * 1024;
   // Limit for all regions that this side writes on this connection, in bytes. When it is reached
