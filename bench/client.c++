@@ -184,6 +184,7 @@ const Case CASES[] = {
   { "param", &param },
   { "param_rw", &param },
   { "first_param_rw", &firstParam },
+  { "second_param_rw", &firstParam },
   { "result", &result },
   { "result_rw", &result },
   { "stream", &stream },

@@ -46,6 +46,7 @@ public:
     addPayloads();
     for (auto bytes: { 64 * KIB, 1 * MIB, 16 * MIB }) {
       add("first_param_rw", FEW, payload(bytes)).countSystemCalls = false;
+      add("second_param_rw", FEW, payload(bytes)).countSystemCalls = false;
     }
     add("stream", MAIN, payload(64 * KIB));
     add("stream_rw", MAIN, payload(64 * KIB));
