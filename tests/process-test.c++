@@ -155,8 +155,8 @@ TEST_P(Processes, NoMessageDataOnTheSocket) {
     auto response = await(request.send());
     EXPECT_EQ(bytes, response.getData().size());
   };
-  // Until both directions have switched and have their regions.
-  for (uint i = 0; i < 5; i++) echo(100000);
+  // Until both directions have switched and have their regions, which they make after a few.
+  for (uint i = 0; i < 20; i++) echo(100000);
   auto count = [&]() {
     return proxy.getProgress(FORWARD_BYTES) + proxy.getProgress(BACKWARD_BYTES);
   };
