@@ -232,6 +232,7 @@ TEST_P(Fork, ChildHarmsNeitherItselfNorTheConnection) {
   unsent->setData(conformance::pattern(20000, 4));
   auto slow = kj::heap<kj::Promise<void>>(root.slowRequest().send().ignoreResult());
   check();  // By then, memory for these is there.
+  settle([&]() { await(root.sequenceRequest().send().ignoreResult()); ++sequence; });
   auto before = resourcesOf();
   EXPECT_EQ(mode().isShared(), before.regions > 0);
 
