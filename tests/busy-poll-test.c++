@@ -4,6 +4,7 @@
 
 #include "loop-fixture.h"
 
+#include <algorithm>
 #include <gtest/gtest.h>
 #include <kj/async-io.h>
 #include <kj/debug.h>
@@ -64,10 +65,10 @@ private:
   }
 };
 
-class BusyPoll: public ::testing::Test {
+class LooksAtPort: public ::testing::Test {
 protected:
-  BusyPoll(): io(kj::setupAsyncIo()) {}
-  ~BusyPoll() noexcept override {}
+  LooksAtPort(): io(kj::setupAsyncIo()), turnEnd(TurnEnd::forThisLoop()) {}
+  ~LooksAtPort() noexcept override {}
 
   std::string turn() {
     // What happened until there was nothing more to do.
@@ -76,8 +77,33 @@ protected:
     return log;
   }
 
+  uint looks(FakeMember& member) {
+    // How often one that waits looks at the port before it sleeps.
+    member.active();
+    turn();
+    return kj::max(std::count(log.begin(), log.end(), 'F'), 1) - 1;
+  }
+
   kj::AsyncIoContext io;
   std::string log;
+  kj::Own<TurnEnd> turnEnd;
+};
+
+class BusyPoll: public LooksAtPort {
+  // Where looks at the port have proved to be in vain for long, so that there are none.
+
+protected:
+  BusyPoll() {
+    FakeMember a(log, "a");
+    a.waiting = true;
+    uint previous = 0;
+    for (uint i = 0; i < 3000; i++) {
+      uint now = looks(a);
+      if (i > 1500 && previous > 0 && now == 0) break;
+      previous = now;
+    }
+  }
+  ~BusyPoll() noexcept override {}
 };
 
 TEST_F(BusyPoll, FlushThenLookThenSleep) {
@@ -346,6 +372,88 @@ TEST_F(BusyPoll, LooksLongerWhileThePeerIsBusyWithMuch) {
 }
 
 // =======================================================================================
+// Looks at the port before going to sleep
+
+TEST_F(LooksAtPort, AFewTimesThenSleeps) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  FakeMember a(log, "a");
+  a.waiting = true;
+  a.active();
+  EXPECT_EQ("aF aP aF aF aF aF aF aF aF aF aS ", turn()) << "eight, to find out whether it pays";
+}
+
+TEST_F(LooksAtPort, AfterASingleSpin) {
+  FakeMember a(log, "a", 20000);
+  a.waiting = true;
+  a.unprepared = 1000000;
+  a.active();
+  size_t secondFlush = turn().find("aF", 1);
+  EXPECT_LT(log.find("ap"), secondFlush) << "what is prepared while spinning";
+  EXPECT_EQ(std::string::npos, log.find("ap", secondFlush));
+}
+
+TEST_F(LooksAtPort, NotForOneThatWaitsForNothing) {
+  FakeMember a(log, "a");
+  for (uint i = 0; i < 100; i++) {
+    a.active();
+    EXPECT_EQ("aF aS ", turn());
+  }
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  a.waiting = true;
+  EXPECT_EQ(8u, looks(a)) << "there were none before, in vain";
+}
+
+TEST_F(LooksAtPort, NotForLongInVain) {
+  FakeMember a(log, "a");
+  a.waiting = true;
+  uint turnsWithLooks = 0;
+  for (uint i = 0; i < 1000; i++) turnsWithLooks += looks(a) > 0;
+  EXPECT_LE(turnsWithLooks, 25u);
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  EXPECT_GT(turnsWithLooks, 4u) << "it is tried again now and then";
+}
+
+TEST_F(LooksAtPort, FewerWhileTheyPayAndFewestWithoutSpins) {
+  if (EMULATED) GTEST_SKIP() << "too slow under an emulator for any look to pay";
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  for (uint64_t spin: { 0, 1 }) {
+    FakeMember a(log, "a", spin);
+    a.waiting = true;
+    bool coming = false;
+    a.isThere = [&]() {
+      // In the first look.
+      return coming && std::count(log.begin(), log.end(), 'F') > 1 && !(coming = false);
+    };
+    a.onProceed = [&]() { a.turnEnd().count(8); };
+    uint least = 100;
+    for (uint i = 0; i < 200; i++) {
+      // Something comes, then nothing more does.
+      coming = true;
+      uint count = looks(a);
+      // The look that found it, and the turn for what it found, are no looks in vain.
+      if (count >= 2) least = kj::min(least, count - 2);
+    }
+    EXPECT_EQ(spin > 0 ? 4u : 2u, least);
+  }
+}
+
+TEST_F(LooksAtPort, FindsWhatComesThroughIt) {
+  // Before anybody is told that we sleep.
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  FakeMember a(log, "a");
+  a.waiting = true;
+  auto pipe = io.provider->newTwoWayPipe();
+  kj::byte buffer[1];
+  auto read = pipe.ends[0]->read(buffer, 1).then([&]() { log += "read "; })
+      .eagerlyEvaluate(nullptr);
+  turn();
+  pipe.ends[1]->write("x", 1).wait(io.waitScope);
+  a.active();
+  auto happened = turn();
+  EXPECT_LT(happened.find("read "), happened.find("aS "));
+}
+
+// =======================================================================================
 // Others on the same loop
 
 constexpr uint64_t FOREVER = 5000000;
@@ -457,7 +565,7 @@ TEST_F(BusyPoll, YieldIsDueAfterMessagesBytesOrTime) {
   yield();
 }
 
-TEST_F(BusyPoll, EndOfTurnWaitsForThePortWhenItIsDue) {
+TEST_F(LooksAtPort, BeforeTheEndOfTheTurnWhenItIsDue) {
   FakeMember a(log, "a");
   for (uint i = 0; i < 4000; i++) a.turnEnd().count(0);
   // Another thread's call is there already; it must be served first.

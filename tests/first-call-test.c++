@@ -288,6 +288,7 @@ TEST(FirstCall, LargeOneAfterItNeedsARegionIfWeSleepMeanwhile) {
   HandMadePeer peer;
   peer.upgrade();
   peer.send(60000);
+  peer.settle();
   for (int i = 0; i < 3; i++) {
     EXPECT_EQ(1u, peer.network.getStats().regions) << i;
     peer.ringBell();

@@ -436,6 +436,8 @@ TEST_F(HostileTest, HonestPeersMeetNoLimit) {
         memset(data.begin(), i, data.size());
         auto response = await(request.send());
         ASSERT_EQ(data.size(), response.getData().size());
+        // Until both sides sleep.
+        io.provider->getTimer().afterDelay(100 * kj::MICROSECONDS).wait(io.waitScope);
       }
       auto stats = client.getStats();
       ASSERT_EQ(Transport::SHARED_MEMORY, stats.outgoing.transport);

@@ -50,7 +50,8 @@ kj::Own<TurnEnd> TurnEnd::forThisLoop() {
 }
 
 TurnEnd::TurnEnd()
-    : severalCpus(hasSeveralCpus()), answers(ANSWER_TRIAL), requests(REQUEST_TRIAL) {
+    : severalCpus(hasSeveralCpus()), answers(ANSWER_TRIAL), requests(REQUEST_TRIAL),
+      looks(LOOKS_TRIAL) {
   currentTurnEnd = this;
 }
 
@@ -72,11 +73,16 @@ void TurnEnd::schedule() {
     uint64_t begin = kj::max(asleepSince, busyUntil);
     uint64_t end = kj::max(now(), begin);
     budget->slept(end - begin, longestSpin);
+    looks.slept(end - begin, LOOKS_TRIAL);
     asleepSince = 0;
     portHasRun();
   }
+  runLater(mustYield());
+}
+
+void TurnEnd::runLater(bool afterPort) {
   auto last = [this]() { return kj::evalLast([this]() { run(); }); };
-  pending = (mustYield() ? yieldToPort().then(kj::cp(last)) : last())
+  pending = (afterPort ? yieldToPort().then(kj::cp(last)) : last())
       .eagerlyEvaluate([](kj::Exception&& exception) { KJ_LOG(ERROR, exception); });
 }
 
@@ -95,6 +101,10 @@ void TurnEnd::run() {
   }
 
   for (auto member: batch) member->flush();
+  if (lookCount > 0 && (messagesSincePort > 0 || bytesThisTurn > 0)) {
+    looks.hit(now() - lookingSince);
+    lookCount = 0;
+  }
 
   // Those who wait for something come first, up to a number that keeps a round of looking short.
   size_t spinners = 0;
@@ -114,11 +124,14 @@ void TurnEnd::run() {
   }
 
   auto awake = batch.slice(0, spinners);
-  if (spinners > 0 && (poll(awake) || spin(awake) || prepare(awake))) {
+  bool found = spinners > 0 &&
+      (poll(awake) || (lookCount == 0 && (spin(awake) || prepare(awake))));
+  if (found || (spinners > 0 && lookAtPort())) {
     // Those that found something have announced themselves for the next end of turn, and come
     // first there. The others stay awake for now.
     for (auto member: awake) member->active();
   } else {
+    lookCount = 0;
     for (auto member: awake) member->sleep();
   }
   for (auto member: batch.slice(spinners, batch.size())) member->sleep();
@@ -171,6 +184,21 @@ bool TurnEnd::prepare(kj::ArrayPtr<Member*> spinners) {
     if (poll(spinners)) return true;
   }
   return false;
+}
+
+bool TurnEnd::lookAtPort() {
+  // Looks at the port before going to sleep, if there are looks left; run() comes after it.
+  if (lookCount == 0) {
+    if (!severalCpus || looks.next(LOOKS_TRIAL) == 0) return false;
+    lookingSince = now();
+    maxLooks = looks.isTrial() ? LOOKS_OF_TRIAL : longestSpin > 0 ? LOOKS : LOOKS_WITHOUT_SPIN;
+  } else if (lookCount >= maxLooks) {
+    looks.miss();
+    return false;
+  }
+  ++lookCount;
+  runLater(true);
+  return true;
 }
 
 void TurnEnd::lookAtClock() {

@@ -88,6 +88,11 @@ struct SharedMemoryOptions {
   // or 45 µs if sixteen in a row before did find something; and after a few of those, a trial of
   // twice this value every 256 sleeps, or of twice 15 µs every 32 answers, at most. Never used on a
   // single CPU. If connections on one loop differ, the longest counts.
+  //
+  // After that, and with 0 too, the loop looks at its event port a few times more before it sleeps,
+  // three system calls each, for what comes as a bell or on another connection: at most four times,
+  // with 0 twice, and only while that pays; a trial of eight, twice, every 256 short sleeps at most.
+  // (TwoPartyVatNetwork looks as often between its reads and writes.)
 
   size_t sealedThresholdBytes = 0;
   // Segments of messages of at least this size, in bytes, get a file of their own that is sealed

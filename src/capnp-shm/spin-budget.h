@@ -26,7 +26,8 @@ class SpinBudget {
   //   after we were not. Trials that fail become rarer, each time by half.
   //
   // An event loop has two of these, since answers and requests come at different times: one that
-  // calls with pauses finds its answers soon and its pauses never.
+  // calls with pauses finds its answers soon and its pauses never. And a third for its looks at the
+  // port.
 
 public:
   explicit SpinBudget(uint64_t longestTrial): longestTrial(longestTrial) {}
@@ -39,6 +40,9 @@ public:
     uint64_t usual = LEAST_SPIN + HIT_FACTOR * averageHit;
     return kj::min(hitsInARow < STEADY_HITS ? usual : kj::max(usual, STEADY_SPIN), longest);
   }
+
+  bool isTrial() const { return hitsInARow == 0; }
+  // Whether the next spin, if there is one, is to find out whether they pay.
 
   void hit(uint64_t nanoseconds) {
     // A spin found something after this time.
