@@ -2,7 +2,6 @@
 
 #include "connection.h"
 
-#include "huge-pages.h"
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -16,6 +15,7 @@ namespace {
 
 constexpr uint FREE_RING_ENTRIES = 512;
 constexpr size_t MIN_FIRST_REGION = 16 * 1024;
+constexpr size_t GROW_AT_ONCE_BYTES = 8 << 20;
 
 constexpr uint RETURNS_OF_ONE_CALL = 2;
 // That of Bootstrap, and its own.
@@ -42,7 +42,7 @@ bool SharedMemoryConnection::createOutbox(kj::Maybe<uint32_t> agreedVersion) {
     limits.freeEntries = options.trustPeer ? FREE_RING_ENTRIES : 0;
     limits.retiredBytes = options.peerLimits.retiredBytes;
     // Without spinning, the sides sleep after each few parts.
-    limits.growAtOnceBytes = options.spinMicroseconds > 0 ? 4 * HUGE_PAGE : 0;
+    limits.growAtOnceBytes = options.spinMicroseconds > 0 ? GROW_AT_ONCE_BYTES : 0;
     outbox = kj::atomicRefcounted<Outbox>(
         limits, kj::atomicAddRef(*foreignWake), agreedVersion);
   })) {

@@ -5,7 +5,6 @@
 #include "huge-pages.h"
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <kj/debug.h>
 
@@ -51,11 +50,6 @@ kj::Array<word> newPages(size_t words) {
 }  // namespace
 
 kj::Array<word> newZeroedBuffer(size_t words) {
-  if (words < LARGE_BUFFER_WORDS) {
-    auto result = kj::heapArray<word>(words);
-    memset(result.begin(), 0, words * sizeof(word));
-    return result;
-  }
   if (words < MAX_MALLOC_WORDS) {
     void* memory = calloc(words, sizeof(word));
     if (memory == nullptr) {

@@ -233,8 +233,7 @@ bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
     kj::ArrayPtr<byte> bytes;  // Empty if there is none.
     Arena::Block* block;       // Null for the reserve.
   };
-  size_t needed = 0;
-  for (auto& segment: message.getSegments()) needed += segment.size() * sizeof(word);
+  size_t needed = message.sizeInWords() * sizeof(word);
   auto findPlace = [&](size_t bytes, size_t least) -> Place {
     // As much as there is, from `bytes` down to `least`.
     for (;;) {
