@@ -191,7 +191,7 @@ bool TurnEnd::lookAtPort() {
   if (lookCount == 0) {
     if (!severalCpus || looks.next(LOOKS_TRIAL) == 0) return false;
     lookingSince = now();
-    maxLooks = looks.isTrial() ? LOOKS_OF_TRIAL : longestSpin > 0 ? LOOKS : LOOKS_WITHOUT_SPIN;
+    maxLooks = looks.isTrial() ? LOOKS_OF_TRIAL : LOOKS;
   } else if (lookCount >= maxLooks) {
     looks.miss();
     return false;

@@ -125,10 +125,10 @@ private:
 
   static constexpr uint LOOKS = 4;
   // At the port, before going to sleep, each of which takes about 3 µs. What comes next may come
-  // on a connection that we do not spin on, and be a bell; or spins are not allowed.
-  static constexpr uint LOOKS_WITHOUT_SPIN = 2;
-  // With these we make fewer system calls for each message than TwoPartyVatNetwork, whose own keep
-  // it from sleeping too early.
+  // on a connection that we do not spin on, and be a bell; or spins are not allowed. While they
+  // pay, the first or second finds something, so that we make fewer system calls for each message
+  // than TwoPartyVatNetwork, whose own keep it from sleeping too early. (With two, both sides
+  // lost each other for a tenth of a second now and then.)
   static constexpr uint LOOKS_OF_TRIAL = 8;
   static constexpr uint64_t LOOKS_TRIAL = 30000;
   // In nanoseconds, about as long as those take. As with spins, a side whose peer sleeps must wait

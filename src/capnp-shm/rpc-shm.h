@@ -91,7 +91,7 @@ struct SharedMemoryOptions {
   //
   // After that, and with 0 too, the loop looks at its event port a few times more before it sleeps,
   // three system calls each, for what comes as a bell or on another connection: at most four times,
-  // with 0 twice, and only while that pays; a trial of eight, twice, every 256 short sleeps at most.
+  // and only while that pays; a trial of eight, twice, every 256 short sleeps at most.
   // (TwoPartyVatNetwork looks as often between its reads and writes.)
 
   size_t sealedThresholdBytes = 0;
