@@ -5,6 +5,7 @@
 #include "loop-fixture.h"
 
 #include <algorithm>
+#include <chrono>
 #include <gtest/gtest.h>
 #include <kj/async-io.h>
 #include <kj/debug.h>
@@ -374,12 +375,17 @@ TEST_F(BusyPoll, LooksLongerWhileThePeerIsBusyWithMuch) {
 // =======================================================================================
 // Looks at the port before going to sleep
 
-TEST_F(LooksAtPort, AFewTimesThenSleeps) {
+TEST_F(LooksAtPort, AWhileThenSleeps) {
   if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
   FakeMember a(log, "a");
   a.waiting = true;
+  auto begin = std::chrono::steady_clock::now();
   a.active();
-  EXPECT_EQ("aF aP aF aF aF aF aF aF aF aF aS ", turn()) << "eight, to find out whether it pays";
+  auto happened = turn();
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::microseconds(30))
+      << "to find out whether it pays";
+  EXPECT_EQ(0u, happened.find("aF aP aF ")) << happened;
+  EXPECT_EQ(happened.size() - 3, happened.find("aS ")) << happened;
 }
 
 TEST_F(LooksAtPort, AfterASingleSpin) {
@@ -400,7 +406,7 @@ TEST_F(LooksAtPort, NotForOneThatWaitsForNothing) {
   }
   if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
   a.waiting = true;
-  EXPECT_EQ(8u, looks(a)) << "there were none before, in vain";
+  EXPECT_GT(looks(a), 0u) << "there were none before, in vain";
 }
 
 TEST_F(LooksAtPort, NotForLongInVain) {
@@ -425,15 +431,15 @@ TEST_F(LooksAtPort, FewerWhileTheyPayWithSpinsAndWithout) {
       return coming && std::count(log.begin(), log.end(), 'F') > 1 && !(coming = false);
     };
     a.onProceed = [&]() { a.turnEnd().count(8); };
-    uint least = 100;
+    std::vector<uint> counts;
     for (uint i = 0; i < 200; i++) {
       // Something comes, then nothing more does.
       coming = true;
-      uint count = looks(a);
-      // The look that found it, and the turn for what it found, are no looks in vain.
-      if (count >= 2) least = kj::min(least, count - 2);
+      counts.push_back(looks(a));
     }
-    EXPECT_EQ(4u, least) << spin;
+    std::sort(counts.begin(), counts.end());
+    // The look that found it, and the turn for what it found, are no looks in vain.
+    EXPECT_EQ(4u + 2, counts[counts.size() / 2]) << spin;
   }
 }
 

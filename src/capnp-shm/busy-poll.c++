@@ -191,8 +191,7 @@ bool TurnEnd::lookAtPort() {
   if (lookCount == 0) {
     if (!severalCpus || looks.next(LOOKS_TRIAL) == 0) return false;
     lookingSince = now();
-    maxLooks = looks.isTrial() ? LOOKS_OF_TRIAL : LOOKS;
-  } else if (lookCount >= maxLooks) {
+  } else if (looks.isTrial() ? now() - lookingSince >= LOOKS_TRIAL : lookCount >= LOOKS) {
     looks.miss();
     return false;
   }

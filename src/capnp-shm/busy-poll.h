@@ -129,9 +129,8 @@ private:
   // pay, the first or second finds something, so that we make fewer system calls for each message
   // than TwoPartyVatNetwork, whose own keep it from sleeping too early. (With two, both sides
   // lost each other for a tenth of a second now and then.)
-  static constexpr uint LOOKS_OF_TRIAL = 8;
   static constexpr uint64_t LOOKS_TRIAL = 30000;
-  // In nanoseconds, about as long as those take. As with spins, a side whose peer sleeps must wait
+  // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must wait
   // for it to wake up before both can find each other awake.
 
   kj::List<Member, &Member::link> members;
@@ -143,8 +142,7 @@ private:
   SpinBudget requests;
   SpinBudget looks;
   uint lookCount = 0;                     // Of looks since there was last anything to do,
-  uint maxLooks = 0;                      // and how many there may be.
-  uint64_t lookingSince = 0;
+  uint64_t lookingSince = 0;              // and when they began.
   SpinBudget* budget = &requests;         // That of the last run(),
   uint64_t longestSpin = 0;               // and what options allowed in it.
   size_t bytesThisTurn = 0;

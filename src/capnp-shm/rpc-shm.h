@@ -91,7 +91,7 @@ struct SharedMemoryOptions {
   //
   // After that, and with 0 too, the loop looks at its event port a few times more before it sleeps,
   // three system calls each, for what comes as a bell or on another connection: at most four times,
-  // and only while that pays; a trial of eight, twice, every 256 short sleeps at most.
+  // and only while that pays; a trial of 30 µs, twice, every 256 short sleeps at most.
   // (TwoPartyVatNetwork looks as often between its reads and writes.)
 
   size_t sealedThresholdBytes = 0;
@@ -101,7 +101,7 @@ struct SharedMemoryOptions {
   // both sides accept them. (A side with `trustPeer` has no need to accept them, but sends them.)
   //
   // Making, mapping and sealing a file costs much more than copying into memory that is there
-  // already, so this pays only for very large segments, if at all: measure. bench/README.md has
+  // already, so this pays only for very large segments, if at all: measure. docs/PERFORMANCE.md has
   // figures.
 
   size_t sealedHeldBytes = 64 * 1024 * 1024;
