@@ -1,12 +1,8 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
-#include <capnp-shm/busy-poll.h>
-
 #include "loop-fixture.h"
+#include "turn-end-fixture.h"
 
-#include <algorithm>
-#include <chrono>
-#include <gtest/gtest.h>
 #include <kj/async-io.h>
 #include <kj/debug.h>
 #include <kj/function.h>
@@ -18,79 +14,9 @@
 namespace capnpshm {
 namespace {
 
-class FakeMember final: public TurnEnd::Member {
-  // Writes down what it is asked to do: its name, and F(lush), P(oll), ! for proceed, S(leep).
+using testing::FakeMember;
 
-public:
-  FakeMember(std::string& log, const char* name, uint64_t spinNanoseconds = 0)
-      : Member(TurnEnd::forThisLoop(), spinNanoseconds), log(log), name(name) {}
-
-  using Member::active;
-  TurnEnd& turnEnd() { return getTurnEnd(); }
-
-  bool waiting = false;
-  bool answer = false;
-  uint unprepared = 0;
-  kj::Function<bool()> isThere = []() { return false; };
-  kj::Function<void()> onProceed = []() {};
-  uint64_t polls = 0;
-  bool quiet = false;
-
-private:
-  std::string& log;
-  const char* name;
-
-  void write(char what) { if (!quiet) log += std::string(name) + what + ' '; }
-  void flush() override { write('F'); }
-  bool isWaiting() override { return waiting; }
-  bool expectsAnswer() override { return answer; }
-  bool poll() override {
-    ++polls;
-    bool result = isThere();
-    // Of a row of looks in vain the first is enough to see.
-    if (result || polls == 1) write('P');
-    return result;
-  }
-  bool prepare() override {
-    if (unprepared == 0) return false;
-    write('p');
-    return --unprepared > 0;
-  }
-  void proceed() override {
-    write('!');
-    onProceed();
-  }
-  void sleep() override {
-    write('S');
-    polls = 0;
-  }
-};
-
-class LooksAtPort: public ::testing::Test {
-protected:
-  LooksAtPort(): io(kj::setupAsyncIo()), turnEnd(TurnEnd::forThisLoop()) {}
-  ~LooksAtPort() noexcept override {}
-
-  std::string turn() {
-    // What happened until there was nothing more to do.
-    log.clear();
-    kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
-    return log;
-  }
-
-  uint looks(FakeMember& member) {
-    // How often one that waits looks at the port before it sleeps.
-    member.active();
-    turn();
-    return kj::max(std::count(log.begin(), log.end(), 'F'), 1) - 1;
-  }
-
-  kj::AsyncIoContext io;
-  std::string log;
-  kj::Own<TurnEnd> turnEnd;
-};
-
-class BusyPoll: public LooksAtPort {
+class BusyPoll: public testing::TurnEndFixture {
   // Where looks at the port have proved to be in vain for long, so that there are none.
 
 protected:
@@ -373,93 +299,6 @@ TEST_F(BusyPoll, LooksLongerWhileThePeerIsBusyWithMuch) {
 }
 
 // =======================================================================================
-// Looks at the port before going to sleep
-
-TEST_F(LooksAtPort, AWhileThenSleeps) {
-  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
-  FakeMember a(log, "a");
-  a.waiting = true;
-  auto begin = std::chrono::steady_clock::now();
-  a.active();
-  auto happened = turn();
-  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::microseconds(30))
-      << "to find out whether it pays";
-  EXPECT_EQ(0u, happened.find("aF aP aF ")) << happened;
-  EXPECT_EQ(happened.size() - 3, happened.find("aS ")) << happened;
-}
-
-TEST_F(LooksAtPort, AfterASingleSpin) {
-  FakeMember a(log, "a", 20000);
-  a.waiting = true;
-  a.unprepared = 1000000;
-  a.active();
-  size_t secondFlush = turn().find("aF", 1);
-  EXPECT_LT(log.find("ap"), secondFlush) << "what is prepared while spinning";
-  EXPECT_EQ(std::string::npos, log.find("ap", secondFlush));
-}
-
-TEST_F(LooksAtPort, NotForOneThatWaitsForNothing) {
-  FakeMember a(log, "a");
-  for (uint i = 0; i < 100; i++) {
-    a.active();
-    EXPECT_EQ("aF aS ", turn());
-  }
-  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
-  a.waiting = true;
-  EXPECT_GT(looks(a), 0u) << "there were none before, in vain";
-}
-
-TEST_F(LooksAtPort, NotForLongInVain) {
-  FakeMember a(log, "a");
-  a.waiting = true;
-  uint turnsWithLooks = 0;
-  for (uint i = 0; i < 1000; i++) turnsWithLooks += looks(a) > 0;
-  EXPECT_LE(turnsWithLooks, 25u);
-  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
-  EXPECT_GT(turnsWithLooks, 4u) << "it is tried again now and then";
-}
-
-TEST_F(LooksAtPort, FewerWhileTheyPayWithSpinsAndWithout) {
-  if (EMULATED) GTEST_SKIP() << "too slow under an emulator for any look to pay";
-  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
-  for (uint64_t spin: { 0, 1 }) {
-    FakeMember a(log, "a", spin);
-    a.waiting = true;
-    bool coming = false;
-    a.isThere = [&]() {
-      // In the first look.
-      return coming && std::count(log.begin(), log.end(), 'F') > 1 && !(coming = false);
-    };
-    a.onProceed = [&]() { a.turnEnd().count(8); };
-    std::vector<uint> counts;
-    for (uint i = 0; i < 200; i++) {
-      // Something comes, then nothing more does.
-      coming = true;
-      counts.push_back(looks(a));
-    }
-    std::sort(counts.begin(), counts.end());
-    // The look that found it, and the turn for what it found, are no looks in vain.
-    EXPECT_EQ(4u + 2, counts[counts.size() / 2]) << spin;
-  }
-}
-
-TEST_F(LooksAtPort, FindsWhatComesThroughIt) {
-  // Before anybody is told that we sleep.
-  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
-  FakeMember a(log, "a");
-  a.waiting = true;
-  auto pipe = io.provider->newTwoWayPipe();
-  kj::byte buffer[1];
-  auto read = pipe.ends[0]->read(buffer, 1).then([&]() { log += "read "; })
-      .eagerlyEvaluate(nullptr);
-  turn();
-  pipe.ends[1]->write("x", 1).wait(io.waitScope);
-  a.active();
-  auto happened = turn();
-  EXPECT_LT(happened.find("read "), happened.find("aS "));
-}
-
-// =======================================================================================
 // Others on the same loop
 
 constexpr uint64_t FOREVER = 5000000;
@@ -569,24 +408,6 @@ TEST_F(BusyPoll, YieldIsDueAfterMessagesBytesOrTime) {
   }
   EXPECT_LE(messages, 192u);
   yield();
-}
-
-TEST_F(LooksAtPort, BeforeTheEndOfTheTurnWhenItIsDue) {
-  FakeMember a(log, "a");
-  for (uint i = 0; i < 4000; i++) a.turnEnd().count(0);
-  // Another thread's call is there already; it must be served first.
-  auto& executor = kj::getCurrentThreadExecutor();
-  std::atomic<bool> sent{false};
-  kj::Thread thread([&]() {
-    auto io = kj::setupAsyncIo();
-    auto promise = executor.executeAsync([this]() { log += "call "; });
-    sent = true;
-    promise.wait(io.waitScope);
-  });
-  while (!sent) usleep(100);
-  a.active();
-  turn();
-  EXPECT_EQ("call aF aS ", log);
 }
 
 }  // namespace

@@ -1,0 +1,128 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+// How TurnEnd looks at the event port before it goes to sleep; the rest is in busy-poll-test.c++.
+
+#include "loop-fixture.h"
+#include "turn-end-fixture.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <kj/thread.h>
+#include <unistd.h>
+#include <vector>
+
+namespace capnpshm {
+namespace {
+
+using testing::FakeMember;
+
+class LooksAtPort: public testing::TurnEndFixture {};
+
+TEST_F(LooksAtPort, AWhileThenSleeps) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  FakeMember a(log, "a");
+  a.waiting = true;
+  // The first time is slow for other reasons.
+  for (uint i = 0; i < 3; i++) {
+    auto begin = std::chrono::steady_clock::now();
+    a.active();
+    auto happened = turn();
+    EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::microseconds(30))
+        << "to find out whether it pays";
+    EXPECT_EQ(0u, happened.find("aF aP aF ")) << happened;
+    EXPECT_EQ(happened.size() - 3, happened.find("aS ")) << happened;
+  }
+}
+
+TEST_F(LooksAtPort, AfterASingleSpin) {
+  FakeMember a(log, "a", 20000);
+  a.waiting = true;
+  a.unprepared = 1000000;
+  a.active();
+  size_t secondFlush = turn().find("aF", 1);
+  EXPECT_LT(log.find("ap"), secondFlush) << "what is prepared while spinning";
+  EXPECT_EQ(std::string::npos, log.find("ap", secondFlush));
+}
+
+TEST_F(LooksAtPort, NotForOneThatWaitsForNothing) {
+  FakeMember a(log, "a");
+  for (uint i = 0; i < 100; i++) {
+    a.active();
+    EXPECT_EQ("aF aS ", turn());
+  }
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  a.waiting = true;
+  EXPECT_GT(looks(a), 0u) << "there were none before, in vain";
+}
+
+TEST_F(LooksAtPort, NotForLongInVain) {
+  FakeMember a(log, "a");
+  a.waiting = true;
+  uint turnsWithLooks = 0;
+  for (uint i = 0; i < 1000; i++) turnsWithLooks += looks(a) > 0;
+  EXPECT_LE(turnsWithLooks, 25u);
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  EXPECT_GT(turnsWithLooks, 4u) << "it is tried again now and then";
+}
+
+TEST_F(LooksAtPort, FewerWhileTheyPayWithSpinsAndWithout) {
+  if (EMULATED) GTEST_SKIP() << "too slow under an emulator for any look to pay";
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  for (uint64_t spin: { 0, 1 }) {
+    FakeMember a(log, "a", spin);
+    a.waiting = true;
+    bool coming = false;
+    a.isThere = [&]() {
+      // In the first look.
+      return coming && std::count(log.begin(), log.end(), 'F') > 1 && !(coming = false);
+    };
+    a.onProceed = [&]() { a.turnEnd().count(8); };
+    std::vector<uint> counts;
+    for (uint i = 0; i < 200; i++) {
+      // Something comes, then nothing more does.
+      coming = true;
+      counts.push_back(looks(a));
+    }
+    std::sort(counts.begin(), counts.end());
+    // The look that found it, and the turn for what it found, are no looks in vain.
+    EXPECT_EQ(4u + 2, counts[counts.size() / 2]) << spin;
+  }
+}
+
+TEST_F(LooksAtPort, FindsWhatComesThroughIt) {
+  // Before anybody is told that we sleep.
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  FakeMember a(log, "a");
+  a.waiting = true;
+  auto pipe = io.provider->newTwoWayPipe();
+  kj::byte buffer[1];
+  auto read = pipe.ends[0]->read(buffer, 1).then([&]() { log += "read "; })
+      .eagerlyEvaluate(nullptr);
+  turn();
+  pipe.ends[1]->write("x", 1).wait(io.waitScope);
+  a.active();
+  auto happened = turn();
+  EXPECT_LT(happened.find("read "), happened.find("aS "));
+}
+
+TEST_F(LooksAtPort, BeforeTheEndOfTheTurnWhenItIsDue) {
+  FakeMember a(log, "a");
+  for (uint i = 0; i < 4000; i++) a.turnEnd().count(0);
+  // Another thread's call is there already; it must be served first.
+  auto& executor = kj::getCurrentThreadExecutor();
+  std::atomic<bool> sent{false};
+  kj::Thread thread([&]() {
+    auto io = kj::setupAsyncIo();
+    auto promise = executor.executeAsync([this]() { log += "call "; });
+    sent = true;
+    promise.wait(io.waitScope);
+  });
+  while (!sent) usleep(100);
+  a.active();
+  turn();
+  EXPECT_EQ("call aF aS ", log);
+}
+
+}  // namespace
+}  // namespace capnpshm

@@ -1,0 +1,93 @@
+// Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
+
+#pragma once
+
+// What the tests of TurnEnd have in common.
+
+#include <capnp-shm/busy-poll.h>
+
+#include <algorithm>
+#include <gtest/gtest.h>
+#include <kj/async-io.h>
+#include <kj/function.h>
+#include <string>
+
+namespace capnpshm {
+namespace testing {
+
+class FakeMember final: public TurnEnd::Member {
+  // Writes down what it is asked to do: its name, and F(lush), P(oll), ! for proceed, S(leep).
+
+public:
+  FakeMember(std::string& log, const char* name, uint64_t spinNanoseconds = 0)
+      : Member(TurnEnd::forThisLoop(), spinNanoseconds), log(log), name(name) {}
+
+  using Member::active;
+  TurnEnd& turnEnd() { return getTurnEnd(); }
+
+  bool waiting = false;
+  bool answer = false;
+  kj::uint unprepared = 0;
+  kj::Function<bool()> isThere = []() { return false; };
+  kj::Function<void()> onProceed = []() {};
+  uint64_t polls = 0;
+  bool quiet = false;
+
+private:
+  std::string& log;
+  const char* name;
+
+  void write(char what) { if (!quiet) log += std::string(name) + what + ' '; }
+  void flush() override { write('F'); }
+  bool isWaiting() override { return waiting; }
+  bool expectsAnswer() override { return answer; }
+  bool poll() override {
+    ++polls;
+    bool result = isThere();
+    // Of a row of looks in vain the first is enough to see.
+    if (result || polls == 1) write('P');
+    return result;
+  }
+  bool prepare() override {
+    if (unprepared == 0) return false;
+    write('p');
+    return --unprepared > 0;
+  }
+  void proceed() override {
+    write('!');
+    onProceed();
+  }
+  void sleep() override {
+    write('S');
+    polls = 0;
+  }
+};
+
+class TurnEndFixture: public ::testing::Test {
+  // An event loop with a TurnEnd that is new, so that looks at the port are tried.
+
+protected:
+  TurnEndFixture(): io(kj::setupAsyncIo()), turnEnd(TurnEnd::forThisLoop()) {}
+  ~TurnEndFixture() noexcept override {}
+
+  std::string turn() {
+    // What happened until there was nothing more to do.
+    log.clear();
+    kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+    return log;
+  }
+
+  kj::uint looks(FakeMember& member) {
+    // How often one that waits looks at the port before it sleeps.
+    member.active();
+    turn();
+    return kj::max(std::count(log.begin(), log.end(), 'F'), 1) - 1;
+  }
+
+  kj::AsyncIoContext io;
+  std::string log;
+  kj::Own<TurnEnd> turnEnd;
+};
+
+}  // namespace testing
+}  // namespace capnpshm
