@@ -79,6 +79,15 @@ TEST(SpinBudget, PatientAfterManyInARowThatPaid) {
   EXPECT_LE(budget.next(LONGEST), 20000u);
 }
 
+TEST(SpinBudget, AnAnswerThatTakesAWakeUpStillPays) {
+  // As of one that calls with pauses: its peer sleeps each time, but it need not as well.
+  SpinBudget budget(LONGEST);
+  for (int i = 0; i < 100; i++) {
+    budget.hit(40000);
+    EXPECT_EQ(LONGEST, budget.next(LONGEST));
+  }
+}
+
 TEST(SpinBudget, EndsAfterAFewThatDidNotPay) {
   for (bool late: { false, true }) {
     SpinBudget budget(LONGEST);

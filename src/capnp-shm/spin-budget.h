@@ -13,9 +13,10 @@ class SpinBudget {
   // Decides how long to look for something before going to sleep. Knows no clock: the caller tells
   // what came of it. All times in nanoseconds.
   //
-  // What it weighs: a sleep and its wake-up together cost both sides some 30 µs of CPU and add
-  // 30-60 µs to the answer. A spin that finds something within that time has paid for itself; one
-  // that finds nothing, or finds it late, has not. So:
+  // What it weighs: a sleep and its wake-up together cost both sides 20 to 40 µs of CPU and add
+  // 30-60 µs to the answer. A spin that finds something within that time has paid for itself, also
+  // the answer of a peer that had to be woken up for it, the usual case of calls with pauses; one
+  // that finds nothing, or finds it later, has not. So:
   //
   // - As long as spins pay, the next may last a few times as long as they took;
   // - after many in a row that did, a good deal longer: if it is late this time, the peer was
@@ -77,7 +78,7 @@ private:
   static constexpr uint64_t LEAST_SPIN = 10000;
   static constexpr uint64_t STEADY_SPIN = 45000;
   static constexpr uint64_t STEADY_HITS = 16;
-  static constexpr uint64_t PAYING_HIT = 30000;
+  static constexpr uint64_t PAYING_HIT = 45000;
   static constexpr uint64_t HIT_FACTOR = 3;
   static constexpr uint64_t SHORT_SLEEP = 3;
   static constexpr uint FULL_CREDIT = 4;
