@@ -19,6 +19,8 @@ namespace bench {
 namespace {
 
 constexpr uint64_t CALLS = 200;
+constexpr uint64_t CALLS_IN_FLIGHT = 8;
+// Of each of those in flight, since they share system calls, as it happens more or fewer.
 
 bool isTraced(pid_t process) {
   auto status = readFile(kj::str("/proc/", process, "/status").cStr());
@@ -115,9 +117,10 @@ kj::Maybe<double> systemCallsByStrace(Pair& pair, Task::Builder task) {
   task.setWarmUpSeconds(0);
   task.setCountSystemCalls(false);
   // strace sees everything, the beginning and the end of a slice too. The difference is the calls'.
-  KJ_IF_MAYBE(once, countOnce(pair, task, CALLS, path)) {
-    KJ_IF_MAYBE(twice, countOnce(pair, task, 2 * CALLS, path)) {
-      return kj::max(0.0, *twice - *once) / CALLS;
+  uint64_t calls = kj::max(CALLS, CALLS_IN_FLIGHT * task.getWindow());
+  KJ_IF_MAYBE(once, countOnce(pair, task, calls, path)) {
+    KJ_IF_MAYBE(twice, countOnce(pair, task, 2 * calls, path)) {
+      return kj::max(0.0, *twice - *once) / calls;
     }
   }
   return nullptr;
