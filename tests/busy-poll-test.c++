@@ -1,6 +1,5 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
-#include "loop-fixture.h"
 #include "turn-end-fixture.h"
 
 #include <kj/async-io.h>

@@ -2,7 +2,6 @@
 
 // How TurnEnd looks at the event port before it goes to sleep; the rest is in busy-poll-test.c++.
 
-#include "loop-fixture.h"
 #include "turn-end-fixture.h"
 
 #include <algorithm>

@@ -6,9 +6,10 @@
 
 #include <capnp-shm/busy-poll.h>
 
+#include "loop-fixture.h"
+
 #include <algorithm>
 #include <gtest/gtest.h>
-#include <kj/async-io.h>
 #include <kj/function.h>
 #include <string>
 
@@ -63,17 +64,17 @@ private:
   }
 };
 
-class TurnEndFixture: public ::testing::Test {
+class TurnEndFixture: public ::testing::Test, protected LoopFixture {
   // An event loop with a TurnEnd that is new, so that looks at the port are tried.
 
 protected:
-  TurnEndFixture(): io(kj::setupAsyncIo()), turnEnd(TurnEnd::forThisLoop()) {}
+  TurnEndFixture(): turnEnd(TurnEnd::forThisLoop()) {}
   ~TurnEndFixture() noexcept override {}
 
   std::string turn() {
     // What happened until there was nothing more to do.
     log.clear();
-    kj::Promise<void>(kj::NEVER_DONE).poll(io.waitScope);
+    LoopFixture::turn();
     return log;
   }
 
@@ -84,7 +85,6 @@ protected:
     return kj::max(std::count(log.begin(), log.end(), 'F'), 1) - 1;
   }
 
-  kj::AsyncIoContext io;
   std::string log;
   kj::Own<TurnEnd> turnEnd;
 };
