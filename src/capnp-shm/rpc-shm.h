@@ -84,10 +84,11 @@ struct SharedMemoryOptions {
   //
   // The time actually spent adapts to whether it pays, separately for answers and for requests, down
   // to nothing when it does not: on an overloaded machine, between calls that come with pauses, or
-  // for slow calls. What it may cost: CPU time of about 10 µs for each time that it finds nothing,
-  // or 45 µs if sixteen in a row before did find something; and after a few of those, a trial of
-  // twice this value every 256 sleeps, or of twice 15 µs every 32 answers, at most. Never used on a
-  // single CPU. If connections on one loop differ, the longest counts.
+  // for slow calls. What it may cost: CPU time of about 10 µs for each time that it finds nothing
+  // while answers come at once, more the longer they take, up to all of this; or 45 µs if sixteen
+  // in a row before did find something. After a few of those, a trial of twice this value every
+  // 256 sleeps, or of twice 15 µs every 32 answers, at most. Never used on a single CPU.
+  // If connections on one loop differ, the longest counts.
   //
   // After that, and with 0 too, the loop looks at its event port a few times more before it sleeps,
   // three system calls each, for what comes as a bell or on another connection: at most four times,
