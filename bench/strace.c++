@@ -18,9 +18,9 @@ namespace bench {
 
 namespace {
 
-constexpr uint64_t CALLS = 200;
-constexpr uint64_t CALLS_IN_FLIGHT = 8;
-// Of each of those in flight, since they share system calls, as it happens more or fewer.
+constexpr uint64_t LEAST_CALLS = 200;
+constexpr uint64_t LEAST_ROUNDS = 8;
+// Of all that are in flight: they share system calls, and how many differs from round to round.
 
 bool isTraced(pid_t process) {
   auto status = readFile(kj::str("/proc/", process, "/status").cStr());
@@ -117,7 +117,7 @@ kj::Maybe<double> systemCallsByStrace(Pair& pair, Task::Builder task) {
   task.setWarmUpSeconds(0);
   task.setCountSystemCalls(false);
   // strace sees everything, the beginning and the end of a slice too. The difference is the calls'.
-  uint64_t calls = kj::max(CALLS, CALLS_IN_FLIGHT * task.getWindow());
+  uint64_t calls = kj::max(LEAST_CALLS, LEAST_ROUNDS * task.getWindow());
   KJ_IF_MAYBE(once, countOnce(pair, task, calls, path)) {
     KJ_IF_MAYBE(twice, countOnce(pair, task, 2 * calls, path)) {
       return kj::max(0.0, *twice - *once) / calls;
