@@ -100,6 +100,9 @@ public:
     PeerSleepWord theirs(peer.sleepWord);
     testing::Random random(seed);
     for (uint64_t i = 1; i <= rounds; i++) {
+      // Now and then late, so that the other side does go to sleep, however fast the cores are.
+      uint64_t delay = random() % 8 == 0 ? random() % 2048 : 0;
+      while (delay > 0 && !lost.load(std::memory_order_relaxed)) delay--;
       count.store(i, std::memory_order_release);
       if (theirs.mustRing(WANT_DATA)) {
         peer.bell.ring();
