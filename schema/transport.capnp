@@ -16,18 +16,19 @@ struct Control {
 
   union {
     offer @1 :Offer;
-    # The sender could use shared memory. Its first region's fd is attached.
+    # The sender could use shared memory.
 
     mapped @2 :Void;
-    # The sender has mapped the receiver's first region and written the header of its own.
+    # The answer to `switch`: the sender has mapped the receiver's first region. It has switched too.
 
     declined @3 :Text;
     # The sender stays with plain frames in both directions; why. The answer to an offer, or to
-    # `mapped`.
+    # `switch`.
 
     switch @4 :Void;
-    # The last plain frame of this direction: what follows is in shared memory, and on the socket
-    # there are only control messages and bells.
+    # The last plain frame of this direction, unless the receiver declines: what follows is in shared
+    # memory, and on the socket there are only control messages and bells. The fd of the sender's first
+    # region is attached.
 
     region @5 :Region;
     # The sender has made a further region; its fd is attached.
@@ -41,14 +42,13 @@ struct Control {
     # so many. Messages with fds and these records pair up in order.
 
     bell @9 :Void;
-    # Comes directly after `switch` if, by the offers, both sides trust each other, and only then:
+    # Comes directly after `mapped` if, by the offers, both sides trust each other, and only then:
     # the eventfd by which the sender will wake the receiver is attached. If the sender could not
     # make one nothing is attached, and it goes on ringing by bells on the socket.
 
     end @10 :Void;
     # The sender will send no more messages. The socket stays open for bells and answers, since the
-    # receiver may have messages waiting for room, until the sender does not want those either. May
-    # come in place of `switch`, behind the last plain frame.
+    # receiver may have messages waiting for room, until the sender does not want those either.
 
     bellSocket @11 :Void;
     # A Unix stream socket is attached, into whose other end the sender would like to ring from now
@@ -61,6 +61,10 @@ struct Control {
     sealed @13 :Sealed;
     # As `fds`, for a message with sealed segments, whose files are attached. Only to a receiver
     # whose offer said that it accepts them.
+
+    taken @14 :UInt64;
+    # The answer to a `declined` that crossed the sender's `mapped`: how many of the receiver's
+    # messages it has taken from shared memory. The receiver sends the others again as plain frames.
   }
 
   const magicValue :UInt64 = 0x6d6873706e706163;
@@ -97,7 +101,7 @@ struct Offer {
 
 struct Region {
   id @0 :UInt32;
-  # 1, 2, 3, ... in the order in which they are announced. The first region is 0.
+  # 1, 2, 3, ... in the order in which they are announced. The one that comes with `switch` is 0.
 
   bytes @1 :UInt64;
 }

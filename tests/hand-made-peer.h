@@ -54,8 +54,7 @@ public:
     write(message.getMessage(), fds);
   }
 
-  void writeOffer(bool withFd, uint64_t bytes = REGION_BYTES) {
-    int fd = region.fd;
+  void writeOffer(uint64_t bytes = REGION_BYTES) {
     writeControl([&](protocol::Control::Builder control) {
       auto offer = control.initOffer();
       offer.setMinVersion(1);
@@ -65,11 +64,25 @@ public:
       offer.setTakesBellSocket(takesBellSocket);
       offer.setTrustsPeer(trustsPeer);
       KJ_IF_MAYBE(limit, maxFdsAhead) offer.setMaxFdsAhead(*limit);
-    }, withFd ? kj::arrayPtr(&fd, 1) : nullptr);
+    });
+  }
+
+  void writeSwitch(bool withFd = true) {
+    int fd = region.fd;
+    writeControl([](protocol::Control::Builder control) { control.setSwitch(); },
+        withFd ? kj::arrayPtr(&fd, 1) : nullptr);
   }
 
   void writeMapped() {
     writeControl([](protocol::Control::Builder control) { control.setMapped(); });
+  }
+
+  void writeTaken(uint64_t count) {
+    writeControl([&](protocol::Control::Builder control) { control.setTaken(count); });
+  }
+
+  void writeDeclined() {
+    writeControl([](protocol::Control::Builder control) { control.setDeclined("not here"); });
   }
 
   void writeFinish(kj::uint questionId) {
@@ -98,16 +111,24 @@ public:
     }).eagerlyEvaluate(nullptr);
   }
 
-  void upgrade(uint64_t ringLines = FIRST_RING_LINES, bool ownSwitch = true) {
-    // Through the whole set-up, up to both sides' switch.
-    startReceiving();
-    kj::AutoCloseFd fdSpace[1];
-    auto offer = capnp::readMessage(*pipe.ends[1], fdSpace).wait(io.waitScope);
-    KJ_REQUIRE(offer.fds.size() == 1);
-    auto bytes = KJ_ASSERT_NONNULL(asControl(offer.reader->getRoot<capnp::AnyPointer>()))
-        .getOffer().getRegionBytes();
-    peerMemory = mapPeerRegion(offer.fds[0], bytes, bytes);
+  uint64_t readOffer() {
+    // Returns the size of the network's first region.
+    auto message = read();
+    auto control = KJ_ASSERT_NONNULL(asControl(message->getRoot<capnp::AnyPointer>()));
+    KJ_REQUIRE(control.isOffer());
+    return control.getOffer().getRegionBytes();
+  }
 
+  void readSwitch(uint64_t bytes) {
+    // Maps the network's first region.
+    kj::AutoCloseFd fdSpace[1];
+    auto message = capnp::readMessage(*pipe.ends[1], fdSpace).wait(io.waitScope);
+    auto control = KJ_ASSERT_NONNULL(asControl(message.reader->getRoot<capnp::AnyPointer>()));
+    KJ_REQUIRE(control.isSwitch() && message.fds.size() == 1);
+    peerMemory = mapPeerRegion(message.fds[0], bytes, bytes);
+  }
+
+  void writeHeader(uint64_t ringLines = FIRST_RING_LINES) {
     auto& h = header();
     h.version.store(PROTOCOL_VERSION);
     h.regionBytes.store(REGION_BYTES);
@@ -118,16 +139,38 @@ public:
     h.magic.store(REGION_MAGIC);
     ring = DescriptorProducer(kj::arrayPtr(reinterpret_cast<DescriptorLine*>(
         region.mapping.bytes().begin() + sizeof(RegionHeader)), FIRST_RING_LINES));
-    writeOffer(true);
-    writeMapped();
-    if (ringLines != FIRST_RING_LINES) return;
+  }
+
+  void answerSwitch() {
+    // Up to and without our `mapped`.
+    writeHeader();
+    writeSwitch();
     ASSERT_EQ(readControl(), protocol::Control::MAPPED);
-    ASSERT_EQ(readControl(), protocol::Control::SWITCH);
-    if (!ownSwitch) return;
-    writeControl([](protocol::Control::Builder control) { control.setSwitch(); });
+  }
+
+  void upgrade(uint64_t ringLines = FIRST_RING_LINES) {
+    // Through the whole set-up.
+    startReceiving();
+    uint64_t bytes = readOffer();
+    writeOffer();
+    readSwitch(bytes);
+    if (ringLines != FIRST_RING_LINES) {
+      writeHeader(ringLines);
+      writeSwitch();
+      return;
+    }
+    answerSwitch();
+    writeMapped();
     settle();
     ASSERT_EQ(network.getStats().incoming.transport, Transport::SHARED_MEMORY);
     ASSERT_EQ(failure, "");
+  }
+
+  DescriptorConsumer networksRing() {
+    auto bytes = KJ_ASSERT_NONNULL(peerMemory).bytes();
+    auto& h = *reinterpret_cast<const RegionHeader*>(bytes.begin());
+    return DescriptorConsumer(kj::arrayPtr(reinterpret_cast<const DescriptorLine*>(
+        bytes.begin() + h.ringOffset.load()), FIRST_RING_LINES));
   }
 
   RegionHeader& header() {

@@ -66,6 +66,7 @@ void fill(Control::Which which, Control::Builder control) {
     case Control::END: control.setEnd(); break;
     case Control::BELL_SOCKET: control.setBellSocket(); break;
     case Control::BELL_SOCKET_TAKEN: control.setBellSocketTaken(true); break;
+    case Control::TAKEN: control.setTaken(8); break;
     case Control::SEALED: control.initSealed().initBytes(2).set(1, 1 << 20); break;
   }
 }
@@ -75,7 +76,7 @@ uint unionSize() {
 }
 
 TEST(Handshake, EveryKindSurvivesTheWire) {
-  ASSERT_EQ(13u, unionSize()) << "a new kind must be added to fill()";
+  ASSERT_EQ(14u, unionSize()) << "a new kind must be added to fill()";
   for (uint i = 0; i < unionSize(); i++) {
     auto which = static_cast<Control::Which>(i);
     ControlMessage message;

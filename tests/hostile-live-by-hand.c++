@@ -220,7 +220,7 @@ void stopMidFrame(RawPeer& raw, uint milliseconds) {
   auto bytes = flat.asBytes();
   switch (raw.random() % 4) {
     case 0: break;                       // Before anything else.
-    case 1: raw.peer.offer(); break;     // Between offer and header.
+    case 1: raw.peer.offer(); break;     // Between offer and switch.
     case 2: raw.peer.agree(); break;     // Before `mapped`.
     case 3: raw.upgrade(); break;
   }
@@ -239,7 +239,7 @@ void sendControls(RawPeer& raw, uint) {
     bool right = raw.random() % 4 != 0;
     int fd = right ? region.fd.get() : pipe.get();
     raw.control([&](protocol::Control::Builder c) {
-      switch (raw.random() % (right ? 24 : 10)) {
+      switch (raw.random() % (right ? 24 : 11)) {
         case 0: {
           auto offer = c.initOffer();
           offer.setMinVersion(1);
@@ -256,6 +256,7 @@ void sendControls(RawPeer& raw, uint) {
         case 6: c.setFds(raw.random()); break;
         case 7: c.setBell(); break;
         case 8: c.setEnd(); break;
+        case 9: c.setTaken(raw.random() % 3); break;
         default: {
           auto announced = c.initRegion();
           announced.setId(right ? id++ : raw.random());
@@ -273,15 +274,15 @@ void abuseDescriptors(RawPeer& raw, uint milliseconds) {
   auto& peer = raw.peer;
   peer.writeHeader();
   peer.offer();
+  KJ_REQUIRE(peer.readControl() == protocol::Control::OFFER);
+  peer.switchOver();
   kj::AutoCloseFd fds[1];
   auto message = capnp::readMessage(*peer.stream, fds).wait(peer.io.waitScope);
-  auto control = KJ_ASSERT_NONNULL(asControl(message.reader->getRoot<capnp::AnyPointer>()));
-  size_t bytes = control.getOffer().getRegionBytes();
+  KJ_REQUIRE(KJ_ASSERT_NONNULL(asControl(message.reader->getRoot<capnp::AnyPointer>())).isSwitch());
+  size_t bytes = peer.victimsRegionBytes;
   peer.victimsRegion = mapPeerRegion(fds[0], bytes, bytes);
   KJ_REQUIRE(peer.readControl() == protocol::Control::MAPPED);
   peer.mapped();
-  peer.switchOver();
-  KJ_REQUIRE(peer.readControl() == protocol::Control::SWITCH);
   raw.listen();
 
   int victims = fds[0], own = peer.region.fd, socket = raw.socket();

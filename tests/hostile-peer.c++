@@ -58,14 +58,14 @@ void HostilePeer::write(capnp::MessageBuilder& message, kj::ArrayPtr<const int> 
   capnp::writeMessage(*stream, fds, message.getSegmentsForOutput()).wait(io.waitScope);
 }
 
-void HostilePeer::offer(int fd, uint64_t bytes, uint minVersion, uint maxVersion) {
+void HostilePeer::offer(uint64_t bytes, uint minVersion, uint maxVersion) {
   control([&](protocol::Control::Builder c) {
     auto offer = c.initOffer();
     offer.setMinVersion(minVersion);
     offer.setMaxVersion(maxVersion);
     offer.setNonce(1234);
     offer.setRegionBytes(bytes);
-  }, kj::arrayPtr(&fd, 1));
+  });
 }
 
 void HostilePeer::sealed(kj::ArrayPtr<const uint64_t> bytes, kj::ArrayPtr<const int> fds) {
@@ -79,9 +79,9 @@ protocol::Control::Which HostilePeer::readControl() {
   kj::AutoCloseFd fdSpace[1];
   auto message = capnp::readMessage(*stream, fdSpace).wait(io.waitScope);
   auto control = KJ_ASSERT_NONNULL(asControl(message.reader->getRoot<capnp::AnyPointer>()));
-  if (control.isOffer()) {
-    auto bytes = control.getOffer().getRegionBytes();
-    victimsRegion = mapPeerRegion(fdSpace[0], bytes, bytes);
+  if (control.isOffer()) victimsRegionBytes = control.getOffer().getRegionBytes();
+  if (control.isSwitch()) {
+    victimsRegion = mapPeerRegion(fdSpace[0], victimsRegionBytes, victimsRegionBytes);
   }
   return control.which();
 }
@@ -113,14 +113,14 @@ void HostilePeer::agree() {
   writeHeader();
   offer();
   KJ_REQUIRE(readControl() == protocol::Control::OFFER);
+  switchOver();
+  KJ_REQUIRE(readControl() == protocol::Control::SWITCH);
   KJ_REQUIRE(readControl() == protocol::Control::MAPPED);
 }
 
 void HostilePeer::upgrade() {
   agree();
   mapped();
-  switchOver();
-  KJ_REQUIRE(readControl() == protocol::Control::SWITCH);
 }
 
 void HostilePeer::publish(DescriptorHead head, std::vector<uint64_t> body) {

@@ -61,10 +61,10 @@ public:
     write(message.getMessage(), fds);
   }
 
-  void offer() { offer(region.fd.get()); }
-  void offer(int fd, uint64_t bytes = REGION_BYTES, uint minVersion = 1, uint maxVersion = 1);
+  void offer(uint64_t bytes = REGION_BYTES, uint minVersion = 1, uint maxVersion = 1);
+  void switchOver() { switchOver(region.fd.get()); }
+  void switchOver(int fd) { control([](auto c) { c.setSwitch(); }, kj::arrayPtr(&fd, 1)); }
   void mapped() { control([](auto c) { c.setMapped(); }); }
-  void switchOver() { control([](auto c) { c.setSwitch(); }); }
   void announce(uint id, uint64_t bytes, int fd) {
     control([&](auto c) {
       c.initRegion().setId(id);
@@ -85,7 +85,7 @@ public:
   RegionHeader& header() { return *reinterpret_cast<RegionHeader*>(memory().begin()); }
   void writeHeader();
   void agree();
-  // Offer and answer, up to and without our `mapped`.
+  // Offers and both sides' switch, up to and without our `mapped`.
   void upgrade();
   // All of it.
 
@@ -109,6 +109,7 @@ public:
   kj::Own<kj::AsyncCapabilityStream> victimsEnd;
   kj::Own<kj::AsyncCapabilityStream> stream;
   OwnRegion region;
+  uint64_t victimsRegionBytes = 0;
   kj::Maybe<Mapping> victimsRegion;
   uint64_t position = FIRST_RING_LINES;
   std::function<void(size_t)> letVictimSend;

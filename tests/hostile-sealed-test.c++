@@ -176,9 +176,8 @@ INSTANTIATE_TEST_SUITE_P(Records, HostileSealed, testing::Values(
     } },
     Misdeed { "First", "does not accept", [](HostilePeer& peer) { sendFiles(peer, { SEGMENT_BYTES }, {}); } },
     [] {
-      Misdeed result { "BeforeSwitch", "before it switched", [](HostilePeer& peer) {
+      Misdeed result { "BeforeMapped", "impossible order", [](HostilePeer& peer) {
         peer.agree();
-        peer.mapped();
         sendFiles(peer, { SEGMENT_BYTES }, {});
       } };
       result.acceptSealed = true;

@@ -55,7 +55,8 @@ Misdeed offered(const char* name, const char* complaint,
                 std::function<kj::AutoCloseFd()> make, uint64_t bytes = REGION_BYTES) {
   return { name, complaint, [make, bytes](HostilePeer& peer) {
     auto fd = make();
-    peer.offer(fd, bytes);
+    peer.offer(bytes);
+    peer.switchOver(fd);
   } };
 }
 
@@ -90,7 +91,7 @@ INSTANTIATE_TEST_SUITE_P(Offers, HostileSetup, testing::Values(
     offered("EventFd", "a file that cannot be sealed",
         []() { return file(eventfd(0, EFD_CLOEXEC)); }),
     Misdeed { "Twice", "offered shared memory twice", [](HostilePeer& peer) {
-      peer.agree();
+      peer.offer();
       peer.offer();
     } }
 ), misdeedName);
@@ -102,16 +103,18 @@ TEST_F(HostileTest, HugePages) {
   // Not allocated: there need be no huge page in the pool, and that is the danger.
   run({ "HugePages", "not an ordinary memfd", [](HostilePeer& peer) {
     auto fd = memfd(ALL_SEALS, HUGE_BYTES, false, MFD_HUGETLB);
-    peer.offer(fd, HUGE_BYTES);
+    peer.offer(HUGE_BYTES);
+    peer.switchOver(fd);
   } });
 }
 
 Misdeed inHeader(const char* name, const char* complaint,
                  std::function<void(RegionHeader&)> change) {
   return { name, complaint, [change](HostilePeer& peer) {
-    peer.agree();
+    peer.writeHeader();
     change(peer.header());
-    peer.mapped();
+    peer.offer();
+    peer.switchOver();
   } };
 }
 
@@ -165,19 +168,56 @@ INSTANTIATE_TEST_SUITE_P(OutOfOrder, HostileSetup, testing::Values(
     early("AnswerFirst", "before shared memory was agreed", [](auto c) { c.setRegionMapped(1); }),
     early("RefusalFirst", "before shared memory was agreed",
         [](auto c) { c.setRegionRefused(1); }),
-    early("DescriptorsFirst", "before it switched", [](auto c) { c.setFds(1); }),
+    early("DescriptorsFirst", "before shared memory was agreed", [](auto c) { c.setFds(1); }),
     early("BellFirst", "at the wrong place", [](auto c) { c.setBell(); }),
     early("BellSocketFirst", "cannot take", [](auto c) { c.setBellSocket(); }),
     early("BellSocketAnswerFirst", "not offered to it", [](auto c) { c.setBellSocketTaken(true); }),
-    Misdeed { "SwitchWithoutMapped", "before that was agreed", [](HostilePeer& peer) {
+    Misdeed { "SwitchAgain", "impossible order", [](HostilePeer& peer) {
       peer.agree();
       peer.switchOver();
     } },
-    Misdeed { "DescriptorsBeforeSwitch", "before it switched", [](HostilePeer& peer) {
-      peer.agree();
+    Misdeed { "SwitchAgainPlain", "or twice", [](HostilePeer& peer) {
+      // The victim declines, for want of a descriptor.
+      peer.offer();
+      for (uint i = 0; i < 2; i++) peer.control([](auto c) { c.setSwitch(); });
+    }, false, true },
+    Misdeed { "SwitchAfterDeclined", "before that was agreed", [](HostilePeer& peer) {
+      peer.offer();
+      peer.control([](auto c) { c.setDeclined("no"); });
+      peer.switchOver();
+    }, false, true },
+    Misdeed { "MappedBeforeSwitch", "not offered to it", [](HostilePeer& peer) {
+      peer.offer();
       peer.mapped();
+    } },
+    Misdeed { "PlainBehindSwitch", "plain message after", [](HostilePeer& peer) {
+      peer.agree();
+      capnp::MallocMessageBuilder message;
+      message.initRoot<capnp::rpc::Message>().initFinish();
+      peer.write(message);
+    } },
+    Misdeed { "EndBeforeMapped", "impossible order", [](HostilePeer& peer) {
+      peer.agree();
+      peer.control([](auto c) { c.setEnd(); });
+    } },
+    Misdeed { "BellBeforeMapped", "impossible order", [](HostilePeer& peer) {
+      peer.agree();
+      peer.control([](auto c) { c.setBell(); });
+    } },
+    Misdeed { "RegionBeforeMapped", "impossible order", [](HostilePeer& peer) {
+      peer.agree();
+      peer.announce(1, REGION_BYTES, peer.region.fd);
+    } },
+    Misdeed { "DescriptorsBeforeMapped", "impossible order", [](HostilePeer& peer) {
+      peer.agree();
       peer.control([](auto c) { c.setFds(1); });
     } },
+    Misdeed { "TakenBeforeMapped", "impossible order", [](HostilePeer& peer) {
+      peer.agree();
+      peer.control([](auto c) { c.setTaken(0); });
+    } },
+    early("TakenFirst", "was not asked", [](auto c) { c.setTaken(0); }),
+    late("TakenLate", "was not asked", [](auto c) { c.setTaken(0); }),
     Misdeed { "MappedTwice", "not offered to it", [](HostilePeer& peer) {
       peer.agree();
       peer.mapped();
@@ -351,11 +391,12 @@ TEST_F(HostileTest, ManyFileDescriptors) {
     });
     ASSERT_FALSE(received.poll(io.waitScope));
     ASSERT_EQ(Control::OFFER, peer.readControl());
-    ASSERT_EQ(Control::MAPPED, peer.readControl());
-    withMany([](auto c) { c.setMapped(); });
     withMany([](auto c) { c.setSwitch(); });
     ASSERT_FALSE(received.poll(io.waitScope));
     ASSERT_EQ(Control::SWITCH, peer.readControl());
+    ASSERT_EQ(Control::MAPPED, peer.readControl());
+    withMany([](auto c) { c.setMapped(); });
+    ASSERT_FALSE(received.poll(io.waitScope));
     withMany([](auto c) {
       c.initRegion().setId(1);
       c.getRegion().setBytes(REGION_BYTES);
@@ -384,7 +425,7 @@ TEST_F(HostileTest, VersionsThatDoNotMeetAreNoError) {
     SharedMemoryVatNetwork network(*end, 1, conformance::Side::SERVER);
     auto connection = network.accept().wait(io.waitScope);
     auto received = connection->receiveIncomingMessage();
-    peer.offer(peer.region.fd, REGION_BYTES, versions.first, versions.second);
+    peer.offer(REGION_BYTES, versions.first, versions.second);
     ASSERT_FALSE(received.poll(io.waitScope));
     EXPECT_EQ(Control::DECLINED, peer.readControl());
     auto stats = network.getStats();

@@ -258,7 +258,7 @@ TEST(OutgoingMessage, DestroyedOnAnotherThread) {
   auto io = kj::setupAsyncIo();
   auto wake = kj::atomicRefcounted<ForeignWake>();
   auto outbox = kj::atomicRefcounted<Outbox>(
-      OutboxLimits { 32 << 10, 1 << 20, 0 }, kj::atomicAddRef(*wake));
+      OutboxLimits { 32 << 10, 1 << 20, 0 }, kj::atomicAddRef(*wake), PROTOCOL_VERSION);
   CountingSender sender;
   for (uint i = 0; i < (SLOW ? 20u : 200u); i++) {
     auto message = kj::atomicRefcounted<OutgoingMessage>(kj::atomicAddRef(*outbox), sender, 300);

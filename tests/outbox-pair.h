@@ -194,15 +194,15 @@ public:
     OutboxLimits limits { options.firstRegionBytes, options.maxBytes,
                           options.inPlace ? options.freeEntries : 0, options.retiredBytes,
                           options.growAtOnceBytes };
-    outbox = kj::atomicRefcounted<Outbox>(limits, kj::atomicRefcounted<ForeignWake>());
-    outbox->writeHeader(PROTOCOL_VERSION);
+    outbox = kj::atomicRefcounted<Outbox>(
+        limits, kj::atomicRefcounted<ForeignWake>(), PROTOCOL_VERSION);
   }
 
   void meet(End& peerParam) {
     // When both exist.
     peer = &peerParam;
     mapPeer(kj::atomicRefcounted<PeerRegion>(0, mapPeerRegion(peer->outbox->takeFirstRegionFd(),
-        peer->outbox->getFirstRegionBytes(), options.acceptBytes)));
+        peer->options.firstRegionBytes, options.acceptBytes)));
   }
   void mapPeer(kj::Own<PeerRegion> region) {
     InboxLimits limits { uint64_t(1) << 28, 64, options.acceptBytes, options.inPlace };

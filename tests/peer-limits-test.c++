@@ -3,6 +3,7 @@
 #include "hand-made-peer.h"
 #include "outbox-pair.h"
 
+#include <malloc.h>
 #include <sys/socket.h>
 #include <thread>
 #include <vector>
@@ -306,6 +307,30 @@ struct RingOfTheTests {
     return "none";
   }
 };
+
+TEST(PeerLimits, PeerThatTakesButNeverConfirmsCostsNoMemory) {
+  HandMadePeer peer;
+  peer.startReceiving();
+  uint64_t bytes = peer.readOffer();
+  peer.writeOffer();
+  peer.readSwitch(bytes);
+  auto consumer = peer.networksRing();
+  peer.answerSwitch();
+  size_t before = 0;
+  for (uint i = 0; i < 20000; i++) {
+    peer.send(8);
+    Descriptor descriptor;
+    ASSERT_TRUE(consumer.tryTake(descriptor)) << i;
+    peer.header().consumed.store(consumer.getPosition());
+    if (i == 1000) before = mallinfo2().uordblks;
+  }
+  // Each would take more than a KiB.
+  EXPECT_LT(mallinfo2().uordblks, before + (1 << 20));
+  EXPECT_EQ(peer.failure, "");
+  peer.writeDeclined();
+  peer.settle();
+  EXPECT_EQ(0u, peer.network.getStats().outgoing.socketMessages);
+}
 
 TEST(PeerLimits, NoMoreIsReadThanWhatARingHolds) {
   // Or a peer that writes as fast as we read could keep us reading, as long as a message may be.

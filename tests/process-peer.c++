@@ -94,9 +94,7 @@ int call() {
   // A client that makes calls of all kinds, once.
   Peer peer(Side::CLIENT);
   peer.end->start(nullptr);
-  auto root = peer.end->root();
-  peer.deny("denyOnceOffered");
-  runWorkload(kj::mv(root), peer.io.waitScope);
+  runWorkload(peer.end->root(), peer.io.waitScope);
   report(peer.transport());
   return 0;
 }
@@ -255,7 +253,7 @@ void writeWord(int socket, kj::byte* buffer, kj::ArrayPtr<const int> fds) {
 int proxy() {
   // Carries bytes and, unless told otherwise, file descriptors between two sockets, and counts the
   // bytes before the other side can have them.
-  bool strip = isSet("strip");
+  const bool strip[] = { isSet("strip"), isSet("strip") || isSet("stripBackwards") };
   int sockets[2] = { SOCKET_FD, SOCKET_FD + 1 };
   for (int socket: sockets) {
     // The other end's being non-blocking is a property of its own file description.
@@ -272,7 +270,7 @@ int proxy() {
       if (readWord(sockets[i], buffer, fds)) {
         progress()[i == 0 ? FORWARD_BYTES : BACKWARD_BYTES] += 8;
         writeWord(sockets[1 - i], buffer,
-            kj::arrayPtr(fds.data(), strip ? 0 : fds.size()));
+            kj::arrayPtr(fds.data(), strip[i] ? 0 : fds.size()));
       } else {
         ends[i].fd = -1;
         ::shutdown(sockets[1 - i], SHUT_WR);

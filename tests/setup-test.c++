@@ -14,34 +14,47 @@ namespace capnpshm {
 namespace testing {
 namespace {
 
-kj::uint receiveFinish(HandMadePeer& peer) {
-  // Of the message which the network delivers next.
-  auto message = KJ_ASSERT_NONNULL(
-      peer.connection->receiveIncomingMessage().wait(peer.io.waitScope));
+kj::uint receiveFinish(HandMadePeer& peer,
+    kj::Promise<kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>> next) {
+  auto message = KJ_ASSERT_NONNULL(next.wait(peer.io.waitScope));
   auto reader = message->getBody().getAs<capnp::rpc::Message>();
   KJ_REQUIRE(reader.isFinish(), "the application got another message", kj::uint(reader.which()));
   return reader.getFinish().getQuestionId();
 }
 
+kj::uint receiveFinish(HandMadePeer& peer) {
+  // Of the message which the network delivers next.
+  return receiveFinish(peer, peer.connection->receiveIncomingMessage());
+}
+
 TEST(Setup, WhatWasUnderWayWhenItDeclinedDoesNotReachTheApplication) {
-  HandMadePeer peer;
+  SharedMemoryOptions options;
+  options.trustPeer = true;
+  HandMadePeer peer(options);
+  peer.trustsPeer = true;
+  auto next = peer.connection->receiveIncomingMessage().eagerlyEvaluate(nullptr);
+  EXPECT_EQ(peer.readControl(), protocol::Control::OFFER);
+  peer.writeOffer();
+  EXPECT_EQ(peer.readControl(), protocol::Control::SWITCH);
   // A server maps the client's region, and answers. The client cannot use the server's.
-  peer.writeOffer(false);
+  peer.writeSwitch(false);
   peer.writeMapped();
+  peer.writeControl([](protocol::Control::Builder control) { control.setBell(); });
   peer.writeFinish(7);
 
-  EXPECT_EQ(receiveFinish(peer), 7u);
-  EXPECT_EQ(peer.readControl(), protocol::Control::OFFER);
+  EXPECT_EQ(receiveFinish(peer, kj::mv(next)), 7u);
   EXPECT_EQ(peer.readControl(), protocol::Control::DECLINED);
   EXPECT_EQ(peer.network.getStats().incoming.transport, Transport::PLAIN);
 }
 
 TEST(Setup, TwoClientsMayBothDecline) {
   HandMadePeer peer;
-  peer.writeOffer(false);
+  auto next = peer.connection->receiveIncomingMessage().eagerlyEvaluate(nullptr);
+  peer.writeOffer();
+  peer.writeSwitch(false);
   peer.writeControl([](protocol::Control::Builder control) { control.setDeclined("so do I"); });
   peer.writeFinish(8);
-  EXPECT_EQ(receiveFinish(peer), 8u);
+  EXPECT_EQ(receiveFinish(peer, kj::mv(next)), 8u);
   EXPECT_EQ(peer.network.getStats().incoming.transport, Transport::PLAIN);
 }
 
@@ -49,7 +62,7 @@ TEST(Setup, FirstRegionBeyondMaxBytesIsDeclined) {
   SharedMemoryOptions options;
   options.maxBytes = REGION_BYTES;
   HandMadePeer peer(options);
-  peer.writeOffer(true, 2 * REGION_BYTES);
+  peer.writeOffer(2 * REGION_BYTES);
   peer.writeFinish(9);
   EXPECT_EQ(receiveFinish(peer), 9u);
   EXPECT_EQ(peer.readControl(), protocol::Control::OFFER);
@@ -61,8 +74,8 @@ TEST(Setup, FirstRegionBeyondMaxBytesIsDeclined) {
 TEST(Setup, SecondOfferIsRefused) {
   HandMadePeer peer;
   peer.startReceiving();
-  peer.writeOffer(false);
-  peer.writeOffer(false);
+  peer.writeOffer();
+  peer.writeOffer();
   peer.expectFailure("offered shared memory twice");
 }
 
@@ -95,19 +108,19 @@ TEST(Setup, ShutdownLeavesTheSocketOpenForBellsUntilNobodyReceives) {
   EXPECT_EQ(0, end.wait(peer.io.waitScope));
 }
 
-TEST(Setup, EndInPlaceOfSwitchIsTheEnd) {
+TEST(Setup, EndIsTheEnd) {
   HandMadePeer peer;
-  peer.upgrade(FIRST_RING_LINES, false);
+  peer.upgrade();
   peer.writeControl([](protocol::Control::Builder control) { control.setEnd(); });
   peer.settle();
   EXPECT_EQ(peer.failure, "");
   EXPECT_TRUE(peer.ended);
 }
 
-TEST(Setup, EndInPlaceOfSwitchIsTheEndAlsoIfThePeerReadsNoMore) {
+TEST(Setup, EndIsTheEndAlsoIfThePeerReadsNoMore) {
   // Its socket is closed with a bell in it, so that ours is reset.
   HandMadePeer peer;
-  peer.upgrade(FIRST_RING_LINES, false);
+  peer.upgrade();
   peer.receiving = nullptr;
   peer.header().sleepWord.store(5);
   peer.send(100);
@@ -279,9 +292,8 @@ TEST(Setup, EventBellThatGotLostIsReplacedByTheSocket) {
   options.trustPeer = true;
   HandMadePeer peer(options);
   peer.trustsPeer = true;
-  peer.upgrade(FIRST_RING_LINES, false);
+  peer.upgrade();
   ASSERT_EQ(peer.readControl(), protocol::Control::BELL);
-  peer.writeControl([](protocol::Control::Builder control) { control.setSwitch(); });
   // Our eventfd, which the network has no descriptor to spare for, say.
   peer.writeControl([](protocol::Control::Builder control) { control.setBell(); });
   auto message = peer.read();

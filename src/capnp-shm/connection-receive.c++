@@ -2,12 +2,11 @@
 
 #include "connection.h"
 
-#include "compat.h"
 #include <capnp/serialize.h>
 #include <kj/debug.h>
 
-// The receiving half of a SharedMemoryConnection: plain frames, messages from shared memory, the
-// control socket and bells. Sending is in connection-send.c++.
+// The receiving half of a SharedMemoryConnection: messages from shared memory, the control socket
+// and bells. Sending is in connection-send.c++, plain frames are in connection-plain.c++.
 
 namespace capnpshm {
 
@@ -16,27 +15,6 @@ using capnp::word;
 namespace {
 
 constexpr size_t MAX_CONTROL_WORDS = 64;
-constexpr size_t MAX_PLAIN_CONTROL_WORDS = 1024;
-// As a plain frame: there it may be a refusal with its reason, or an offer that comes back.
-
-struct FrameSize {
-  size_t payloadWords;
-  size_t wireBytes;
-};
-
-FrameSize measure(capnp::MessageReader& message) {
-  // How large a message that came as a plain frame is, without and with the frame's header. (The
-  // library's own sizeInWords() counts the first segment twice in 0.9.2.)
-  uint segments = 0;
-  size_t words = 0;
-  for (;;) {
-    auto segment = message.getSegment(segments);
-    if (segment.begin() == nullptr) break;
-    words += segment.size();
-    ++segments;
-  }
-  return { words, (segments / 2 + 1 + words) * sizeof(word) };
-}
 
 }  // namespace
 
@@ -72,96 +50,31 @@ private:
   }
 };
 
-class PlainIncomingMessage final: public capnp::IncomingRpcMessage {
-  // A message that came as a plain frame.
-
-public:
-  PlainIncomingMessage(kj::Own<capnp::MessageReader> reader, size_t words,
-                       kj::Array<kj::AutoCloseFd> fdSpace, size_t fdCount)
-      : reader(kj::mv(reader)), words(words), fdSpace(kj::mv(fdSpace)), fdCount(fdCount) {}
-
-  capnp::AnyPointer::Reader getBody() override { return reader->getRoot<capnp::AnyPointer>(); }
-  kj::ArrayPtr<kj::AutoCloseFd> getAttachedFds() override { return fdSpace.slice(0, fdCount); }
-  size_t sizeInWords() override { return words; }
-
-private:
-  kj::Own<capnp::MessageReader> reader;
-  size_t words;
-  kj::Array<kj::AutoCloseFd> fdSpace;
-  size_t fdCount;
-};
-
 kj::Promise<SharedMemoryConnection::MaybeMessage>
 SharedMemoryConnection::receiveIncomingMessage() {
   KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
   if (owner.isForked()) {
     return KJ_EXCEPTION(DISCONNECTED, "the connection belongs to the parent process");
   }
-  if (incomingShared) return receiveShared();
+  if (isSharing()) return receiveNext();
   return kj::evalLater([this]() -> kj::Promise<MaybeMessage> {
     KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
-    return receivePlain();
+    return receiveNext();
   });
 }
 
-kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receivePlain() {
-  if (ended) return MaybeMessage(nullptr);
-  bool decided = plainReason != nullptr;
-  if (decided && plainStream == nullptr) plainStream = compat::newMessageStream(stream);
-
-  // Room for the fd of a region even if RPC messages may have none.
-  size_t space = decided ? size_t(maxFdsPerMessage) : kj::max(size_t(maxFdsPerMessage), size_t(1));
-  auto fdSpace = kj::heapArray<kj::AutoCloseFd>(space);
-  kj::Promise<kj::Maybe<capnp::MessageReaderAndFds>> promise = nullptr;
-  KJ_IF_MAYBE(s, plainStream) {
-    promise = (*s)->tryReadMessage(fdSpace, receiveOptions);
-  } else {
-    promise = capnp::tryReadMessage(stream, fdSpace, receiveOptions);
+kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiveNext() {
+  KJ_IF_MAYBE(promise, readAhead) {
+    auto result = kj::mv(*promise);
+    readAhead = nullptr;
+    return kj::mv(result);
   }
-
-  return readCanceler.wrap(kj::mv(promise)).then(
-      [this, fdSpace = kj::mv(fdSpace)]
-      (kj::Maybe<capnp::MessageReaderAndFds>&& message) mutable -> kj::Promise<MaybeMessage> {
-    KJ_IF_MAYBE(m, message) {
-      auto size = measure(*m->reader);
-      incomingStats.socketBytes += size.wireBytes;
-      // Also if it is decided: what the peer sent before it knew may still be under way.
-      // Not into long ones: what is read here counts against the application's traversal limit.
-      bool mine = false;
-      KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-        kj::Maybe<capnp::AnyPointer::Reader> body;
-        if (size.payloadWords <= MAX_PLAIN_CONTROL_WORDS) {
-          body = m->reader->getRoot<capnp::AnyPointer>();
-        }
-        mine = handlePlainBody(body, m->fds);
-        if (!mine) confirmAfterReceiving(m->reader->getSegment(0));
-      })) {
-        fail(kj::mv(*exception));
-      }
-      KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
-      if (mine) {
-        // Cap'n Proto 1.x reads the next message only once the previous one is gone.
-        message = nullptr;
-        if (incomingShared) return receiveShared();
-        return receivePlain();
-      }
-      countReturn(m->reader->getSegment(0));
-      ++incomingStats.messages;
-      incomingStats.bytes += size.payloadWords * sizeof(word);
-      ++incomingStats.socketMessages;
-      incomingStats.socketMessageBytes += size.wireBytes;
-      if (incomingShared) incomingStats.socketMessageBytesAfterSwitch += size.wireBytes;
-      // Never more than the application allows, closed before it sees the message.
-      for (size_t i = maxFdsPerMessage; i < m->fds.size(); i++) m->fds[i] = nullptr;
-      size_t fdCount = kj::min(m->fds.size(), size_t(maxFdsPerMessage));
-      return MaybeMessage(kj::Own<capnp::IncomingRpcMessage>(kj::heap<PlainIncomingMessage>(
-          kj::mv(m->reader), size.payloadWords, kj::mv(fdSpace), fdCount)));
-    }
-    return MaybeMessage(nullptr);
-  });
+  if (isSharing()) return receiveShared();
+  return receivePlain();
 }
 
 kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiveShared() {
+  if (!isSharing()) return receivePlain();  // The peer has declined meanwhile.
   wake();
   if (getTurnEnd().mustYield()) {
     return getTurnEnd().yieldToPort().then([this]() -> kj::Promise<MaybeMessage> {
@@ -238,6 +151,7 @@ void SharedMemoryConnection::deliver() {
       r->reject(kj::cp(*exception));
       return;
     }
+    if (!isSharing()) return;
     KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
       auto message = takeOne();
       if (message != nullptr) {
@@ -255,7 +169,18 @@ void SharedMemoryConnection::deliver() {
   }
 }
 
-kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
+kj::Promise<void> SharedMemoryConnection::deliverPlain() {
+  // The peer has declined: what it sends comes as plain frames again, also to whoever waits already.
+  if (receiver == nullptr) return kj::READY_NOW;
+  return receivePlain().then([this](MaybeMessage&& message) {
+    KJ_IF_MAYBE(r, receiver) r->fulfill(kj::mv(message));
+  }, [this](kj::Exception&& exception) {
+    KJ_IF_MAYBE(r, receiver) r->reject(kj::mv(exception));
+  });
+}
+
+kj::Promise<void> SharedMemoryConnection::readControl() {
+  bool bellExpected = isMutualTrust() && gotMapped && !gotBell;
   struct Frame {
     uint64_t header = 0;
     kj::Array<kj::AutoCloseFd> fds;
@@ -315,9 +240,11 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
       kj::ArrayPtr<const word> segment = kj::arrayPtr(f.body, words);
       capnp::SegmentArrayMessageReader reader(kj::arrayPtr(&segment, 1));
       KJ_IF_MAYBE(control, asControl(reader.getRoot<capnp::AnyPointer>())) {
-        KJ_REQUIRE(control->isBell() == bellExpected,
+        KJ_REQUIRE(control->isBell() == bellExpected &&
+            (gotMapped || control->isMapped() || control->isDeclined()),
             "peer sent control messages in an impossible order", uint(control->which()));
         if (bellExpected) {
+          gotBell = true;
           if (fdCount > 0) {
             ownBell = port == nullptr ? EventBellListener::newListener(kj::mv(f.eventStream))
                                       : EventBellListener::newListener(*port, kj::mv(f.fds[0]));
@@ -345,14 +272,15 @@ kj::Promise<void> SharedMemoryConnection::readControl(bool bellExpected) {
     });
   }).attach(kj::mv(frame)).then([this](bool more) -> kj::Promise<void> {
     if (!more || failure != nullptr) return kj::READY_NOW;
+    if (!isSharing()) return deliverPlain();
     // As long as there is something to read, the port does not run by itself.
     if (getTurnEnd().mustYield()) {
       return getTurnEnd().yieldToPort().then([this]() -> kj::Promise<void> {
         if (failure != nullptr) return kj::READY_NOW;
-        return readControl(false);
+        return readControl();
       });
     }
-    return readControl(false);
+    return readControl();
   }, [this](kj::Exception&& exception) -> kj::Promise<void> {
     if (exception.getType() == kj::Exception::Type::DISCONNECTED) {
       controlEnded(kj::mv(exception));

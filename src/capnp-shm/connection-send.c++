@@ -5,13 +5,12 @@
 #include "fault-point.h"
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <sys/socket.h>
 #include <capnp/serialize.h>
 #include <kj/debug.h>
 
-// The sending half of a SharedMemoryConnection: plain frames, publishing, the chain of control
-// writes, bells, shutdown. Receiving is in connection-receive.c++.
+// The sending half of a SharedMemoryConnection: publishing, the chain of writes, bells, shutdown.
+// Receiving is in connection-receive.c++, plain frames are in connection-plain.c++.
 
 namespace capnpshm {
 
@@ -24,22 +23,6 @@ constexpr uint MIN_WORDS_NOT_PUT_OFF = 256;
 
 constexpr uint MAX_FDS_PER_WRITE = 253;
 // Linux passes no more at once (SCM_MAX_FD).
-
-size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
-  return capnp::computeSerializedSizeInWords(segments) * sizeof(word);
-}
-
-bool isHungUp(int socket) {
-  // Whether the peer has closed its end; not if it has only shut it down for writing.
-  pollfd request { socket, 0, 0 };
-  int n;
-  faultPoint();
-  do {
-    n = poll(&request, 1, 0);
-  } while (n < 0 && errno == EINTR);
-  faultPoint();
-  return n > 0 && (request.revents & POLLHUP) != 0;
-}
 
 kj::Exception peerGone() {
   return KJ_EXCEPTION(DISCONNECTED, "peer disconnected before all messages were delivered");
@@ -62,11 +45,9 @@ kj::Array<kj::AutoCloseFd> duplicate(kj::ArrayPtr<const int> fds) {
 kj::Own<capnp::OutgoingRpcMessage> SharedMemoryConnection::newOutgoingMessage(
     uint firstSegmentWordSize) {
   MessageSender& sender = *this;
-  if (owner.isCurrent() && putOff && gotMapped && firstSegmentWordSize >= MIN_WORDS_NOT_PUT_OFF) {
+  if (owner.isCurrent() && switchPutOff && firstSegmentWordSize >= MIN_WORDS_NOT_PUT_OFF) {
     // Or it would have to be copied.
-    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { confirm(); })) {
-      fail(kj::mv(*exception));
-    }
+    beginSwitch();
   }
   if (owner.isCurrent() && outgoingShared) {
     return kj::atomicRefcounted<OutgoingMessage>(
@@ -99,16 +80,16 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   outgoingStats.bytes += bytes;
   countCall(message.getSegments());
 
-  if (putOff) confirmBeforeSending(message.getSegments());
+  if (switchPutOff) switchBeforeSending(message.getSegments());
   if (failure != nullptr) return;
-  if (!outgoingShared) {
+  if (!outgoingShared && !awaitsTaken) {
     sendPlain(message, kj::mv(fds), bytes);
     return;
   }
 
   active();
   bool sealable = message.getSealed().countSealable() > 0;
-  if (waiting.empty() && fds.size() == 0 && !sealable) {
+  if (outgoingShared && waiting.empty() && fds.size() == 0 && !sealable) {
     announceRegions();
     auto& o = *KJ_ASSERT_NONNULL(outbox);
     uint64_t before = o.getPosition();
@@ -121,6 +102,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
     }
     if (o.getPosition() != before) servedInterests |= WANT_DATA;  // Perhaps only a part.
     if (published) {
+      keepUnconfirmed(message, bytes);
       getTurnEnd().moved(bytes);
       ++unflushedCount;
       unflushedSize += bytes;
@@ -142,6 +124,18 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   }
 }
 
+void SharedMemoryConnection::keepUnconfirmed(OutgoingMessage& message, size_t bytes) {
+  // After `message` was published.
+  if (isConfirmed()) return;
+  if (KJ_ASSERT_NONNULL(outbox)->getConsumed() > FIRST_RING_LINES) {
+    // Who takes messages has mapped our region, though we have not read yet that it says so.
+    unconfirmed.clear();
+  } else {
+    unconfirmed.push_back(
+        WaitingMessage { kj::atomicAddRef(message), nullptr, WaitingMessage::NONE, bytes });
+  }
+}
+
 void SharedMemoryConnection::countCall(
     kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
   if (segments.size() == 0) return;
@@ -150,31 +144,6 @@ void SharedMemoryConnection::countCall(
       ++unansweredCalls;
     }
   }
-}
-
-void SharedMemoryConnection::sendPlain(
-    OutgoingMessage& message, kj::Array<kj::AutoCloseFd> fds, size_t bytes) {
-  ++queueCount;
-  queueSize += bytes;
-  auto sendTime = clock.now();
-  size_t wireBytes = frameBytes(message.getSegments());
-  auto done = kj::defer([this, bytes]() {
-    queueSize -= bytes;
-    --queueCount;
-  });
-  auto own = kj::atomicAddRef(message);
-  auto numbers = KJ_MAP(fd, fds) { return fd.get(); };
-  previousWrite = enqueueWrite(
-      [this, &m = *own, numbers = numbers.asPtr(), sendTime, wireBytes]() {
-    currentOutgoingMessageSendTime = sendTime;
-    ++outgoingStats.socketMessages;
-    outgoingStats.socketMessageBytes += wireBytes;
-    outgoingStats.socketBytes += wireBytes;
-    if (switchWritten) outgoingStats.socketMessageBytesAfterSwitch += wireBytes;
-    KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(numbers, m.getSegments());
-    return capnp::writeMessage(stream, numbers, m.getSegments());
-  }, true).attach(kj::mv(own), kj::mv(numbers), kj::mv(fds), kj::mv(done)).eagerlyEvaluate(nullptr);
-  // eagerlyEvaluate() after attach(), so that the message is released as soon as it is written.
 }
 
 kj::Promise<void> SharedMemoryConnection::enqueueWrite(
@@ -190,7 +159,7 @@ kj::Promise<void> SharedMemoryConnection::enqueueWrite(
     // because the peer left after its last words.
     writeFailed = true;
     bool peerLeft = exception.getType() == kj::Exception::Type::DISCONNECTED;
-    if (!peerLeft || (rpcMessage && !incomingShared)) fail(kj::cp(exception));
+    if (!peerLeft || (rpcMessage && !isSharing())) fail(kj::cp(exception));
     kj::throwRecoverableException(kj::mv(exception));
   });
 }
@@ -199,6 +168,7 @@ void SharedMemoryConnection::writeControl(kj::Own<ControlMessage> control,
     kj::Array<kj::AutoCloseFd> fds, kj::Maybe<int> borrowedFd) {
   if (owner.isForked()) return;
   if (previousWrite == nullptr) return;  // Shut down; nobody wants it any more.
+  openBatch = nullptr;
   auto segments = control->getMessage().getSegmentsForOutput();
   outgoingStats.socketBytes += frameBytes(segments);
   auto builder = kj::heapArrayBuilder<int>(fds.size() + (borrowedFd == nullptr ? 0 : 1));
@@ -213,6 +183,7 @@ void SharedMemoryConnection::writeControl(kj::Own<ControlMessage> control,
 }
 
 void SharedMemoryConnection::announceRegions() {
+  if (!isConfirmed()) return;
   auto& o = *KJ_ASSERT_NONNULL(outbox);
   for (;;) {
     KJ_IF_MAYBE(announcement, o.takeAnnouncement()) {
@@ -273,6 +244,7 @@ bool SharedMemoryConnection::sendFds(WaitingMessage& message) {
 }
 
 void SharedMemoryConnection::publishWaiting() {
+  if (awaitsTaken) return;
   auto& o = *KJ_ASSERT_NONNULL(outbox);
   o.reclaim();
   while (!fdsAhead.empty() && fdsAhead.front().position <= o.getConsumed()) {
@@ -282,7 +254,7 @@ void SharedMemoryConnection::publishWaiting() {
 
   while (!waiting.empty()) {
     auto& front = waiting.front();
-    if (front.fdState == WaitingMessage::UNSENT && !sendFds(front)) break;
+    if (front.fdState == WaitingMessage::UNSENT && !(isConfirmed() && sendFds(front))) break;
     if (front.fdState == WaitingMessage::WRITING) break;
 
     uint sealedCount = front.message->getSealed().countSealed();
@@ -301,15 +273,17 @@ void SharedMemoryConnection::publishWaiting() {
     queueSize -= front.bytes;
     ++unflushedCount;
     unflushedSize += front.bytes;
+    keepUnconfirmed(*front.message, front.bytes);
     waiting.pop_front();
   }
 
-  if (waiting.empty()) {
+  if (waiting.empty() && isConfirmed()) {
     KJ_IF_MAYBE(fulfiller, drainedFulfiller) (*fulfiller)->fulfill();
   }
 }
 
 void SharedMemoryConnection::ringPeer() {
+  if (!isSharing()) return;  // Later; see startSharing().
   uint64_t served = servedInterests;
   servedInterests = 0;
   if (owner.isForked()) return;
@@ -354,6 +328,7 @@ void SharedMemoryConnection::ringPeer() {
 void SharedMemoryConnection::enqueueBell() {
   // Only one, or a peer that reads nothing could make us queue them without bounds.
   if (previousWrite == nullptr || writeFailed || bellQueued) return;
+  openBatch = nullptr;
   bellQueued = true;
   previousWrite = enqueueWrite([this]() {
     bellQueued = false;
@@ -365,19 +340,23 @@ void SharedMemoryConnection::enqueueBell() {
 kj::Promise<void> SharedMemoryConnection::shutdown() {
   if (owner.isForked()) return kj::READY_NOW;
   KJ_REQUIRE(previousWrite != nullptr && !shuttingDown, "already shut down");
-  if (!sentMapped || plainReason != nullptr || failure != nullptr) return endWriting();
+  if ((!outgoingShared && !awaitsTaken) || failure != nullptr) return endWriting();
 
   kj::Promise<void> drained = kj::READY_NOW;
   // The queue of control writes stays open while messages wait: they may need announcements.
   shuttingDown = true;
-  if (!waiting.empty()) {
+  if (!waiting.empty() || !isConfirmed()) {
     // KJ tells only of a disconnection that happens from now on.
-    if (isHungUp(socket)) return peerGone();
+    if (isHungUp()) {
+      if (waiting.empty()) return kj::READY_NOW;
+      return peerGone();
+    }
     auto paf = kj::newPromiseAndFulfiller<void>();
     drained = kj::mv(paf.promise);
     drainedFulfiller = kj::mv(paf.fulfiller);
   }
   return drained.then([this]() {
+    if (!isConfirmed()) return endWriting();  // It became a plain stream.
     // The peer may have messages waiting for room in shared memory, so the socket must stay open
     // for our bells until nobody wants those messages.
     auto message = kj::heap<ControlMessage>();

@@ -7,7 +7,7 @@
 #include <unistd.h>
 #include <kj/debug.h>
 
-// The setting up of a SharedMemoryConnection: offer, answer, mapped or declined, SWITCH.
+// The setting up of a SharedMemoryConnection: offer, answer, SWITCH, mapped or declined.
 
 namespace capnpshm {
 
@@ -30,77 +30,39 @@ size_t firstRegionBytes(const SharedMemoryOptions& options) {
 
 void SharedMemoryConnection::offer() {
   if (offered || plainReason != nullptr || failure != nullptr) return;
-  if (createOutbox()) writeOffer();
-}
-
-bool SharedMemoryConnection::createOutbox(kj::Maybe<uint32_t> agreedVersion) {
-  if (outbox != nullptr) return true;
-  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-    OutboxLimits limits;
-    limits.firstRegionBytes = firstRegionBytes(options);
-    limits.maxBytes = kj::max(options.maxBytes, limits.firstRegionBytes);
-    limits.freeEntries = options.trustPeer ? FREE_RING_ENTRIES : 0;
-    limits.retiredBytes = options.peerLimits.retiredBytes;
-    // Without spinning, the sides sleep after each few parts.
-    limits.growAtOnceBytes = options.spinMicroseconds > 0 ? GROW_AT_ONCE_BYTES : 0;
-    outbox = kj::atomicRefcounted<Outbox>(
-        limits, kj::atomicAddRef(*foreignWake), agreedVersion);
-  })) {
-    stayPlain(kj::str("this side cannot make shared memory: ", exception->getDescription()));
-    return false;
-  }
-  return true;
+  writeOffer();
 }
 
 void SharedMemoryConnection::writeOffer() {
-  auto& o = *KJ_ASSERT_NONNULL(outbox);
   offered = true;
-  nonce = newNonce();
+  // An answer to an offer comes back from nobody.
+  if (!gotOffer) nonce = newNonce();
   auto message = kj::heap<ControlMessage>();
   auto builder = message->get().initOffer();
   builder.setMinVersion(PROTOCOL_VERSION);
   builder.setMaxVersion(PROTOCOL_VERSION);
   builder.setNonce(nonce);
-  builder.setRegionBytes(o.getFirstRegionBytes());
+  builder.setRegionBytes(firstRegionBytes(options));
   builder.setTrustsPeer(options.trustPeer);
   builder.setMaxFdsPerMessage(maxFdsPerMessage);
   builder.setTakesBellSocket(port != nullptr);
   builder.setSealedBytes(acceptedSealedBytes());
   builder.setMaxFdsAhead(options.peerLimits.fdsAhead);
-  auto fds = kj::heapArray<kj::AutoCloseFd>(1);
-  fds[0] = o.takeFirstRegionFd();
-  writeControl(kj::mv(message), kj::mv(fds));
-}
-
-bool SharedMemoryConnection::handlePlainBody(
-    kj::Maybe<capnp::AnyPointer::Reader> body, kj::ArrayPtr<kj::AutoCloseFd> fds) {
-  // True if the message was for the transport; false if it is Cap'n Proto's. The body is null if
-  // it is too long for the transport.
-
-  KJ_IF_MAYBE(b, body) {
-    KJ_IF_MAYBE(control, asControl(*b)) {
-      handleControl(*control, fds);
-      return true;
-    }
-    // Of one that has offered, and so knows what that is, it is no echo.
-    if (offered && !gotOffer && !gotEcho && isEchoOfOffer(*b, nonce)) {
-      gotEcho = true;
-      stayPlain("the peer does not know shared memory");
-      return true;
-    }
+  if (previousWrite == nullptr) return;
+  if (gotOffer) {
+    // At once: the peer begins to wake up while we look at its first messages.
+    writeControl(kj::mv(message));
+  } else {
+    // With the first messages.
+    addPlain(PlainFrame { {}, kj::mv(message), 0, clock.now() });
   }
-  if (!offered && plainReason == nullptr) {
-    // An offer comes before everything else or not at all.
-    stayPlain("the peer did not offer shared memory");
-  }
-  return false;
 }
 
 void SharedMemoryConnection::handleControl(
     protocol::Control::Reader control, kj::ArrayPtr<kj::AutoCloseFd> fds) {
   switch (control.which()) {
     case protocol::Control::OFFER:
-      handleOffer(control.getOffer(), fds);
+      handleOffer(control.getOffer());
       return;
 
     case protocol::Control::MAPPED:
@@ -111,13 +73,26 @@ void SharedMemoryConnection::handleControl(
       KJ_REQUIRE(!gotDeclined, "peer declined shared memory twice");
       gotDeclined = true;
       KJ_REQUIRE(!gotMapped, "peer declined shared memory after it had mapped it");
+      if (isSharing()) {
+        auto message = kj::heap<ControlMessage>();
+        message->get().setTaken(sharedMessagesTaken);
+        writeControl(kj::mv(message));
+      }
       stayPlain(kj::str("the peer declined: ", control.getDeclined()));
+      // If we had too, it has taken nothing.
+      if (awaitsTaken) sendAgain(0);
+      return;
+
+    case protocol::Control::TAKEN:
+      KJ_REQUIRE(awaitsTaken && gotMapped, "peer tells what it has taken, but was not asked");
+      KJ_REQUIRE(control.getTaken() <= unconfirmed.size(),
+          "peer says that it has taken messages which it was not sent",
+          control.getTaken(), unconfirmed.size());
+      sendAgain(control.getTaken());
       return;
 
     case protocol::Control::SWITCH:
-      KJ_REQUIRE(gotMapped && outgoingShared && !incomingShared,
-          "peer switched to shared memory before that was agreed");
-      switchIncoming(isMutualTrust());
+      handleSwitch(fds);
       return;
 
     case protocol::Control::REGION:
@@ -126,7 +101,7 @@ void SharedMemoryConnection::handleControl(
 
     case protocol::Control::REGION_MAPPED:
     case protocol::Control::REGION_REFUSED:
-      KJ_REQUIRE(outgoingShared, "peer answered for a region before shared memory was agreed");
+      KJ_REQUIRE(isConfirmed(), "peer answered for a region before shared memory was agreed");
       KJ_IF_MAYBE(o, outbox) {
         if (control.isRegionMapped()) {
           (*o)->regionMapped(control.getRegionMapped());
@@ -147,12 +122,7 @@ void SharedMemoryConnection::handleControl(
 
     case protocol::Control::END:
       KJ_REQUIRE(!ended, "peer ended its messages twice");
-      if (putOff && gotMapped) confirm();
-      if (plainReason == nullptr && !incomingShared) {
-        KJ_REQUIRE(gotMapped && outgoingShared,
-            "peer ended its messages before shared memory was agreed");
-        switchIncoming(false);
-      }
+      KJ_REQUIRE(isConfirmed(), "peer ended its messages before shared memory was agreed");
       ended = true;
       return;
 
@@ -179,14 +149,17 @@ void SharedMemoryConnection::handleControl(
       return;
 
     case protocol::Control::BELL:
-      KJ_FAIL_REQUIRE("peer sent an event bell at the wrong place");
+      // It was under way when we declined.
+      KJ_REQUIRE(gotMapped && plainReason != nullptr && isMutualTrust(),
+          "peer sent an event bell at the wrong place");
+      return;
   }
   KJ_FAIL_REQUIRE("peer sent a control message of an unknown kind", uint(control.which()));
 }
 
 void SharedMemoryConnection::handleFds(
     kj::Array<SealedFile> sealed, kj::ArrayPtr<kj::AutoCloseFd> fds) {
-  KJ_REQUIRE(incomingShared, "peer sent file descriptors before it switched to shared memory");
+  KJ_REQUIRE(isConfirmed(), "peer sent file descriptors before shared memory was agreed");
   auto kept = kj::heapArrayBuilder<kj::AutoCloseFd>(
       kj::min(fds.size(), size_t(maxFdsPerMessage)));
   for (auto& fd: fds) {
@@ -221,16 +194,7 @@ uint64_t SharedMemoryConnection::acceptedSealedBytes() const {
   return options.sealedHeldBytes;
 }
 
-void SharedMemoryConnection::switchIncoming(bool bellExpected) {
-  // From here on the peer's messages come through shared memory.
-  incomingShared = true;
-  controlTask = readControl(bellExpected).eagerlyEvaluate([this](kj::Exception&& exception) {
-    fail(kj::mv(exception));
-  });
-}
-
-void SharedMemoryConnection::handleOffer(
-    protocol::Offer::Reader peerOffer, kj::ArrayPtr<kj::AutoCloseFd> fds) {
+void SharedMemoryConnection::handleOffer(protocol::Offer::Reader peerOffer) {
   KJ_REQUIRE(!gotOffer, "peer offered shared memory twice");
   gotOffer = true;
 
@@ -248,26 +212,11 @@ void SharedMemoryConnection::handleOffer(
     return;
   }
 
-  if (fds.size() == 0 || fds[0] == nullptr) {
-    decline("file descriptors do not pass through this connection");
-    return;
-  }
-
-  if (peerOffer.getRegionBytes() > options.maxBytes) {
+  peerFirstRegionBytes = peerOffer.getRegionBytes();
+  if (peerFirstRegionBytes > options.maxBytes) {
     // Each side chooses its sizes for itself; that they do not fit is nobody's fault.
-    decline(kj::str("the peer's first region has ", peerOffer.getRegionBytes(),
+    decline(kj::str("the peer's first region has ", peerFirstRegionBytes,
         " bytes, and this side maps no more than ", options.maxBytes));
-    return;
-  }
-
-  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-    peerFirstRegion = kj::atomicRefcounted<PeerRegion>(
-        0, mapPeerRegion(fds[0], peerOffer.getRegionBytes(), options.maxBytes));
-  })) {
-    if (exception->getType() != kj::Exception::Type::OVERLOADED) {
-      kj::throwFatalException(kj::mv(*exception));
-    }
-    decline(exception->getDescription());
     return;
   }
   peerTrustsUs = peerOffer.getTrustsPeer();
@@ -275,44 +224,23 @@ void SharedMemoryConnection::handleOffer(
   peersFdsAhead = peerOffer.getMaxFdsAhead();
   peersSealedBytes = peerOffer.getSealedBytes();
 
+  // Only confirmation is missing, and no more agreement.
+  outgoingStats.transport = Transport::SHARED_MEMORY;
   if (offered) {
-    putOff = true;
-    return;
+    switchPutOff = true;
+    active();  // See flush().
+  } else {
+    writeOffer();
   }
-  if (!createOutbox(version)) {
-    decline(KJ_ASSERT_NONNULL(plainReason));
-    return;
-  }
-  writeOffer();
-  writeMapped();
 }
 
-void SharedMemoryConnection::writeMapped() {
-  auto message = kj::heap<ControlMessage>();
-  message->get().setMapped();
-  writeControl(kj::mv(message));
-  sentMapped = true;
-}
+// Many connections are made for one call, and regions cost more than such a call does. So the side
+// that offered first switches when it goes to sleep with the answer and without having closed the
+// connection, or when it is clear before that there will be more: its next message that begins
+// something, whatever the peer begins, or more answers than one call has. The other side follows.
 
-// Many connections are made for one call. When its answer is there both sides' regions are made and
-// mapped, but no page of them was touched yet, and each that is costs page faults, and more when it is
-// unmapped. So the side that offered first leaves them alone until it goes to sleep with the
-// answer and without having closed the connection, or until it is clear before that there will be
-// more: its next message that begins something, whatever the peer begins, or more answers than one
-// call has.
-
-void SharedMemoryConnection::confirm() {
-  // Says that the peer's region is mapped, which was put off, and if the peer has said so too begins
-  // to share. Throws if the peer's header is wrong.
-  putOff = false;
-  KJ_ASSERT_NONNULL(outbox)->writeHeader(version);
-  writeMapped();
-  if (gotMapped) startSharing();
-}
-
-void SharedMemoryConnection::confirmBeforeSending(
+void SharedMemoryConnection::switchBeforeSending(
     kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments) {
-  if (!gotMapped) return;
   if (segments.size() > 0) {
     KJ_IF_MAYBE(kind, kindOf(segments[0])) {
       switch (*kind) {
@@ -325,25 +253,129 @@ void SharedMemoryConnection::confirmBeforeSending(
       }
     }
   }
-  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { confirm(); })) {
-    fail(kj::mv(*exception));
+  beginSwitch();
+}
+
+void SharedMemoryConnection::switchAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment) {
+  // Of a plain frame that is a message of Cap'n Proto's.
+  if (!switchPutOff) return;
+  KJ_IF_MAYBE(kind, kindOf(firstSegment)) {
+    if (*kind == capnp::rpc::Message::RETURN && ++returnsBeforeSwitch <= RETURNS_OF_ONE_CALL) {
+      active();  // See flush().
+      return;
+    }
+  }
+  beginSwitch();
+}
+
+void SharedMemoryConnection::beginSwitch() {
+  if (!switchOutgoing()) return;
+  // Whether the peer can map our region must not depend on whether the application reads: from here
+  // on the answer is awaited. Should a message come instead, it waits for the application.
+  if (readAhead == nullptr && readCanceler.isEmpty()) {
+    readAhead = receivePlain().eagerlyEvaluate(nullptr);
   }
 }
 
-void SharedMemoryConnection::confirmAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment) {
-  // Of a plain frame that is a message of Cap'n Proto's.
-  if (!putOff) return;
-  if (gotMapped) {
-    KJ_IF_MAYBE(kind, kindOf(firstSegment)) {
-      if (*kind == capnp::rpc::Message::RETURN && ++returnsWhilePutOff <= RETURNS_OF_ONE_CALL) {
-        active();  // See flush().
-        return;
-      }
-    }
+bool SharedMemoryConnection::switchOutgoing() {
+  // From here on our messages are published, in a region that the peer has yet to map. False if the
+  // system refuses one, and then the connection stays plain.
+  switchPutOff = false;
+  if (previousWrite == nullptr) return false;
+  auto message = kj::heap<ControlMessage>();
+  message->get().setSwitch();
+  auto fds = kj::heapArray<kj::AutoCloseFd>(1);
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    OutboxLimits limits;
+    limits.firstRegionBytes = firstRegionBytes(options);
+    limits.maxBytes = kj::max(options.maxBytes, limits.firstRegionBytes);
+    limits.freeEntries = options.trustPeer ? FREE_RING_ENTRIES : 0;
+    limits.retiredBytes = options.peerLimits.retiredBytes;
+    // Without spinning, the sides sleep after each few parts.
+    limits.growAtOnceBytes = options.spinMicroseconds > 0 ? GROW_AT_ONCE_BYTES : 0;
+    auto& o = outbox.emplace(kj::atomicRefcounted<Outbox>(
+        limits, kj::atomicAddRef(*foreignWake), version));
+    fds[0] = o->takeFirstRegionFd();
+  })) {
+    decline(kj::str("this side cannot make shared memory: ", exception->getDescription()));
+    return false;
   }
-  // Without `mapped` the peer's offer was no answer: both sides offered at once, and both would wait
-  // for the other.
-  confirm();
+  writeControl(kj::mv(message), kj::mv(fds));
+  outgoingShared = true;
+  return true;
+}
+
+void SharedMemoryConnection::handleSwitch(kj::ArrayPtr<kj::AutoCloseFd> fds) {
+  KJ_REQUIRE(offered && gotOffer && !gotSwitch && !gotDeclined,
+      "peer switched to shared memory before that was agreed, or twice", gotSwitch, gotDeclined);
+  gotSwitch = true;
+  // If we have declined already, or can answer no more (which the peer learns from our end of the
+  // stream), its messages come as plain frames.
+  if (plainReason != nullptr || previousWrite == nullptr) return;
+
+  if (fds.size() == 0 || fds[0] == nullptr) {
+    decline("file descriptors do not pass through this connection");
+    return;
+  }
+  kj::Own<PeerRegion> region;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    region = kj::atomicRefcounted<PeerRegion>(
+        0, mapPeerRegion(fds[0], peerFirstRegionBytes, options.maxBytes));
+  })) {
+    if (exception->getType() != kj::Exception::Type::OVERLOADED) {
+      kj::throwFatalException(kj::mv(*exception));
+    }
+    decline(exception->getDescription());
+    return;
+  }
+
+  if (!outgoingShared && !switchOutgoing()) return;
+  startSharing(kj::mv(region));
+  auto message = kj::heap<ControlMessage>();
+  message->get().setMapped();
+  writeControl(kj::mv(message));
+  if (isMutualTrust()) sendBell();
+}
+
+void SharedMemoryConnection::handleMapped() {
+  KJ_REQUIRE(switchWritten && !gotMapped, "peer mapped a region that was not offered to it");
+  KJ_REQUIRE(gotSwitch && !gotDeclined,
+      "peer mapped a region, but has not switched or has declined ours", gotSwitch, gotDeclined);
+  gotMapped = true;
+  if (!isSharing()) return;  // We have declined.
+  unconfirmed.clear();
+  publishWaiting();
+  active();
+}
+
+void SharedMemoryConnection::startSharing(kj::Own<PeerRegion> region) {
+  // Begins to read the peer's ring, in its first region. That the peer cannot map ours may still be
+  // said; else it will soon confirm that it has. Throws if its header is wrong.
+  auto& o = KJ_ASSERT_NONNULL(outbox);
+  if (options.sealedThresholdBytes > 0 && peersSealedBytes > 0) {
+    o->allowSealed({ options.sealedThresholdBytes, peersSealedBytes,
+        options.trustPeer ? uint64_t(kj::maxValue) : options.sealedTotalBytes });
+  }
+  InboxLimits limits;
+  limits.traversalLimitInWords = receiveOptions.traversalLimitInWords;
+  limits.nestingLimit = receiveOptions.nestingLimit;
+  limits.maxBytes = options.maxBytes;
+  limits.inPlace = options.trustPeer;
+  limits.sealedBytes = acceptedSealedBytes();
+  limits.furtherRegions = options.peerLimits.regions;
+  auto& i = inbox.emplace(kj::atomicRefcounted<Inbox>(kj::atomicAddRef(*o),
+      kj::mv(region), version, limits,
+      kj::atomicAddRef(*foreignWake)));
+  i->onRelease([this]() { active(); });
+  foreignTask = listenToForeignThreads().eagerlyEvaluate(nullptr);
+  o->start(i->getPeerHeader(), i->getPeerFreeRing());
+  sleepWord = SleepWord(o->getHeader().sleepWord);
+  peerSleepWord = PeerSleepWord(i->getPeerHeader().sleepWord);
+  controlTask = readControl().eagerlyEvaluate([this](kj::Exception&& exception) {
+    fail(kj::mv(exception));
+  });
+  // The peer may have gone to sleep before we could see it.
+  active();
 }
 
 void SharedMemoryConnection::handleRegion(
@@ -366,52 +398,6 @@ void SharedMemoryConnection::handleRegion(
     return;
   }
   KJ_FAIL_REQUIRE("peer announced a region before shared memory was agreed");
-}
-
-void SharedMemoryConnection::handleMapped() {
-  KJ_REQUIRE(offered && !gotMapped, "peer mapped a region that was not offered to it");
-  KJ_REQUIRE(gotOffer && !gotDeclined,
-      "peer mapped a region, but has not offered one or has declined ours", gotDeclined);
-  gotMapped = true;
-  if (putOff) {
-    // Only confirm() is missing, and no more agreement.
-    outgoingStats.transport = Transport::SHARED_MEMORY;
-    active();  // See flush().
-    return;
-  }
-  if (!sentMapped) return;   // We declined.
-  startSharing();
-}
-
-void SharedMemoryConnection::startSharing() {
-  auto& o = KJ_ASSERT_NONNULL(outbox);
-  if (options.sealedThresholdBytes > 0 && peersSealedBytes > 0) {
-    o->allowSealed({ options.sealedThresholdBytes, peersSealedBytes,
-        options.trustPeer ? uint64_t(kj::maxValue) : options.sealedTotalBytes });
-  }
-  InboxLimits limits;
-  limits.traversalLimitInWords = receiveOptions.traversalLimitInWords;
-  limits.nestingLimit = receiveOptions.nestingLimit;
-  limits.maxBytes = options.maxBytes;
-  limits.inPlace = options.trustPeer;
-  limits.sealedBytes = acceptedSealedBytes();
-  limits.furtherRegions = options.peerLimits.regions;
-  auto& i = inbox.emplace(kj::atomicRefcounted<Inbox>(kj::atomicAddRef(*o),
-      kj::mv(KJ_ASSERT_NONNULL(peerFirstRegion)), version, limits,
-      kj::atomicAddRef(*foreignWake)));
-  i->onRelease([this]() { active(); });
-  foreignTask = listenToForeignThreads().eagerlyEvaluate(nullptr);
-  o->start(i->getPeerHeader(), i->getPeerFreeRing());
-  sleepWord = SleepWord(o->getHeader().sleepWord);
-  peerSleepWord = PeerSleepWord(i->getPeerHeader().sleepWord);
-
-  outgoingShared = true;
-  outgoingStats.transport = Transport::SHARED_MEMORY;
-  if (shuttingDown) return;  // The peer has taken our `end`, or will, for the switch.
-  auto message = kj::heap<ControlMessage>();
-  message->get().setSwitch();
-  writeControl(kj::mv(message));
-  if (isMutualTrust()) sendBell();
 }
 
 void SharedMemoryConnection::sendBell() {
@@ -446,7 +432,7 @@ void SharedMemoryConnection::offerBellSocket() {
 }
 
 void SharedMemoryConnection::handleBellSocket(kj::ArrayPtr<kj::AutoCloseFd> fds) {
-  KJ_REQUIRE(incomingShared && port != nullptr && ownBell == nullptr,
+  KJ_REQUIRE(isConfirmed() && port != nullptr && ownBell == nullptr,
       "peer sent a bell that this side cannot take");
   bool taken = fds.size() > 0 && fds[0] != nullptr;
   if (taken) {
@@ -464,21 +450,9 @@ void SharedMemoryConnection::decline(kj::StringPtr reason) {
   auto message = kj::heap<ControlMessage>();
   message->get().setDeclined(reason);
   writeControl(kj::mv(message));
+  // The peer may be reading what we have published already.
+  awaitsTaken = outgoingShared;
   stayPlain(reason);
-}
-
-void SharedMemoryConnection::stayPlain(kj::StringPtr reason) {
-  if (plainReason != nullptr) return;
-  plainReason = kj::str(reason);
-  outgoingStats.transport = Transport::PLAIN;
-  incomingStats.transport = Transport::PLAIN;
-  putOff = false;
-  peerFirstRegion = nullptr;
-  outbox = nullptr;
-  if (shuttingDown) endTask = endWriting();
-  if (options.requireSharedMemory) {
-    fail(KJ_EXCEPTION(FAILED, "shared memory is required, but cannot be used", reason));
-  }
 }
 
 }  // namespace capnpshm

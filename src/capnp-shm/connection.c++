@@ -80,7 +80,7 @@ SharedMemoryConnection::~SharedMemoryConnection() noexcept(false) {
   KJ_IF_MAYBE(o, outbox) (*o)->stop();
   // What was published this turn must not wait for a bell that never comes; EOF will wake the
   // peer, but only if nobody else holds the socket.
-  if (outgoingShared && servedInterests != 0) ringPeer();
+  if (servedInterests != 0) ringPeer();
   if (shuttingDown && !writeEnded && !owner.isForked()) {
     // If the peer is gone already it needs no end of the stream.
     kj::runCatchingExceptions([this]() { stream.shutdownWrite(); });
@@ -91,7 +91,8 @@ void SharedMemoryConnection::fail(kj::Exception&& exception) {
   // Breaks the connection: nothing more is sent or received.
   if (failure != nullptr) return;
   failure = kj::cp(exception);
-  putOff = false;
+  switchPutOff = false;
+  unconfirmed.clear();
   waiting.clear();
   KJ_IF_MAYBE(fulfiller, drainedFulfiller) (*fulfiller)->reject(kj::cp(exception));
   if (!readCanceler.isEmpty()) readCanceler.cancel(kj::cp(exception));
@@ -108,17 +109,16 @@ void SharedMemoryConnection::wake() {
 void SharedMemoryConnection::flush() {
   // At the end, since messages that waited may be published here.
   KJ_DEFER(unflushedCount = 0; unflushedSize = 0);
-  if (putOff && gotMapped && unansweredCalls == 0 && previousWrite != nullptr &&
-      !owner.isForked()) {
+  if (switchPutOff && unansweredCalls == 0 && !owner.isForked()) {
     // The first call is over, and the connection is not.
-    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { confirm(); })) {
-      fail(kj::mv(*exception));
-    }
+    beginSwitch();
   }
-  if (!outgoingShared || failure != nullptr || owner.isForked()) return;
+  if (!isSharing() || failure != nullptr || owner.isForked()) return;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     announceRegions();
-    if (bellSocketState == UNTRIED && bellsRung >= BELLS_BEFORE_SOCKET) offerBellSocket();
+    if (isConfirmed() && bellSocketState == UNTRIED && bellsRung >= BELLS_BEFORE_SOCKET) {
+      offerBellSocket();
+    }
     if (!waiting.empty()) publishWaiting();
     if (KJ_ASSERT_NONNULL(inbox)->takeFreed()) servedInterests |= WANT_ROOM;
     if (servedInterests != 0) ringPeer();
@@ -128,7 +128,7 @@ void SharedMemoryConnection::flush() {
 }
 
 bool SharedMemoryConnection::isWaiting() {
-  return outgoingShared && failure == nullptr && !owner.isForked() &&
+  return isSharing() && failure == nullptr && !owner.isForked() &&
       (wantsData() || !waiting.empty());
 }
 
@@ -159,7 +159,7 @@ void SharedMemoryConnection::proceed() {
 }
 
 void SharedMemoryConnection::sleep() {
-  if (!outgoingShared || failure != nullptr || owner.isForked()) return;
+  if (!isSharing() || failure != nullptr || owner.isForked()) return;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     auto& s = KJ_ASSERT_NONNULL(sleepWord);
     if (KJ_ASSERT_NONNULL(inbox)->publishConsumed(true)) {
@@ -215,7 +215,7 @@ SharedMemoryStats SharedMemoryConnection::getStats() {
     result.outgoing.plainReason = kj::str(*reason);
     result.incoming.plainReason = kj::str(*reason);
   }
-  if (incomingShared) result.incoming.transport = Transport::SHARED_MEMORY;
+  if (isSharing()) result.incoming.transport = Transport::SHARED_MEMORY;
   KJ_IF_MAYBE(o, outbox) {
     auto& figures = (*o)->getFigures();
     result.outgoing.inlineMessages = figures.inlineMessages;

@@ -26,8 +26,8 @@ class SharedMemoryConnection final: public capnp::TwoPartyVatNetworkBase::Connec
   // Invariants:
   // - Messages leave in the order of their send(), whatever carries them.
   // - One read and one chain of writes on the socket at a time.
-  // - `outbox` is there from our offer on, `inbox` from when both sides have sent `mapped`; both
-  //   before either direction is shared.
+  // - `outbox` is there from our SWITCH on, `inbox` from the peer's. What we publish before the peer
+  //   has confirmed that it mapped our region is kept, to be sent as plain frames if it declines.
   //
   // Belongs to the thread of its event loop, except newOutgoingMessage().
 
@@ -76,6 +76,19 @@ private:
     size_t bytes;
   };
 
+  struct PlainFrame {
+    // Of a message, or, if that is null, of a control message.
+    kj::Own<OutgoingMessage> message;
+    kj::Own<ControlMessage> control;
+    size_t bytes;
+    kj::TimePoint sendTime;
+  };
+  struct PlainBatch: public kj::Refcounted {
+    // Frames that leave with one write.
+
+    kj::Vector<PlainFrame> frames;
+  };
+
   struct FdRecord {
     // What came on the socket for a message that is still to come, or is being waited for.
     kj::Array<kj::AutoCloseFd> fds;
@@ -98,22 +111,25 @@ private:
   // Setting up.
   bool offered = false;
   bool gotOffer = false;
-  bool sentMapped = false;
+  bool gotSwitch = false;
   bool gotMapped = false;
+  bool gotBell = false;
   bool gotDeclined = false;
+  bool awaitsTaken = false;
+  // We have declined after our SWITCH, and what we send now must wait until we know what to send
+  // again.
   bool gotEcho = false;
-  bool putOff = false;
-  // Our offer came first, the peer's region is mapped, and `mapped` is still to be sent; see
-  // confirm().
-  uint returnsWhilePutOff = 0;
+  bool switchPutOff = false;
+  // Both have offered, we unasked, and shall switch as soon as it seems worth it.
+  uint returnsBeforeSwitch = 0;
   bool peerTrustsUs = false;
   uint64_t peersSealedBytes = 0;
   uint peersFdsAhead = MAX_FDS_AHEAD;
   uint64_t nonce = 0;
   uint32_t version = 0;
-  kj::Maybe<kj::Own<PeerRegion>> peerFirstRegion;
+  uint64_t peerFirstRegionBytes = 0;
   bool outgoingShared = false;
-  bool incomingShared = false;
+  // Our messages are published, though perhaps not confirmed to have a reader; see isConfirmed().
   uint unwrittenAnswers = 0;
   // Of our answers to announcements of regions.
   bool switchWritten = false;
@@ -139,10 +155,15 @@ private:
   kj::Maybe<kj::Promise<void>> previousWrite;
   // Resolves when the previous write completes. Null after shutdown().
   uint pendingWrites = 0;
+  kj::Maybe<kj::Own<PlainBatch>> openBatch;
+  // The last write that is queued, if more plain frames may leave with it.
   bool bellQueued = false;
   // Behind other writes. It serves all that is published before it is written.
   // Lists, since unlike a std::deque they take no memory while they are empty, as they mostly are.
   std::list<WaitingMessage> waiting;
+  std::list<WaitingMessage> unconfirmed;
+  // Those that were published before the peer has said that it mapped our region. All lie there, so
+  // that its size bounds them.
   struct FdsAhead {
     uint64_t position;
     uint fds;
@@ -167,6 +188,7 @@ private:
   uint64_t fdRecordsCost = 0;
   uint64_t bellsTaken = 0;
   uint64_t regionsTaken = 0;
+  bool plainEndSeen = false;
   bool ended = false;
   kj::Maybe<kj::Exception> endReason;
   // How the control socket ended, once it did; null for a clean end.
@@ -190,6 +212,8 @@ private:
   // Calls sent less Returns received, as far as can be seen; tells how long to look for messages.
 
   kj::Own<WindowState> window;
+  kj::Maybe<kj::Promise<MaybeMessage>> readAhead;
+  // The next message, or what comes before it; see beginSwitch().
   kj::Promise<void> controlTask;
   kj::Promise<void> bellTask;
   kj::Promise<void> foreignTask;
@@ -197,37 +221,52 @@ private:
 
   // connection-setup.c++ ------------------------------------------------------
 
-  bool createOutbox(kj::Maybe<uint32_t> agreedVersion = nullptr);
   void writeOffer();
-  bool handlePlainBody(
-      kj::Maybe<capnp::AnyPointer::Reader> body, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleControl(protocol::Control::Reader control, kj::ArrayPtr<kj::AutoCloseFd> fds);
-  void handleOffer(protocol::Offer::Reader offer, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  void handleOffer(protocol::Offer::Reader offer);
+  void handleSwitch(kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleRegion(protocol::Region::Reader region, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleFds(kj::Array<SealedFile> sealed, kj::ArrayPtr<kj::AutoCloseFd> fds);
   void handleSealed(protocol::Sealed::Reader sealed, kj::ArrayPtr<kj::AutoCloseFd> fds);
   uint64_t acceptedSealedBytes() const;
   void handleMapped();
-  void writeMapped();
-  void confirm();
-  void confirmBeforeSending(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
-  void confirmAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment);
-  void startSharing();
-  void switchIncoming(bool bellExpected);
+  bool switchOutgoing();
+  void beginSwitch();
+  void switchBeforeSending(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
+  void switchAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment);
+  void startSharing(kj::Own<PeerRegion> region);
+  bool isSharing() const { return inbox != nullptr; }
+  // The peer's messages come through shared memory, and ours go there.
+  bool isConfirmed() const { return isSharing() && gotMapped; }
+  // And it will stay so.
   bool isMutualTrust() const { return options.trustPeer && peerTrustsUs; }
   void sendBell();
   void offerBellSocket();
   void handleBellSocket(kj::ArrayPtr<kj::AutoCloseFd> fds);
   void decline(kj::StringPtr reason);
+
+  // connection-plain.c++ ------------------------------------------------------
+
+  kj::Promise<MaybeMessage> receivePlain();
+  kj::Promise<MaybeMessage> plainEnded(kj::Maybe<kj::Exception> reason);
+  bool handlePlainBody(
+      kj::Maybe<capnp::AnyPointer::Reader> body, kj::ArrayPtr<kj::AutoCloseFd> fds);
+  static size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
+  bool isHungUp();
+  void sendPlain(OutgoingMessage& message, kj::Array<kj::AutoCloseFd> fds, size_t bytes);
+  void addPlain(PlainFrame&& frame);
+  kj::Promise<void> writeBatch(PlainBatch& batch);
+  void countPlain(size_t wireBytes);
   void stayPlain(kj::StringPtr reason);
+  void sendAgain(size_t taken);
 
   // connection-send.c++ -------------------------------------------------------
 
   void sendMessage(OutgoingMessage& message) override;
-  void sendPlain(OutgoingMessage& message, kj::Array<kj::AutoCloseFd> fds, size_t bytes);
   void publishWaiting();
   void announceRegions();
   bool sendFds(WaitingMessage& message);
+  void keepUnconfirmed(OutgoingMessage& message, size_t bytes);
   void writeControl(kj::Own<ControlMessage> control, kj::Array<kj::AutoCloseFd> fds = nullptr,
       kj::Maybe<int> borrowedFd = nullptr);
   kj::Promise<void> enqueueWrite(
@@ -240,20 +279,21 @@ private:
 
   // connection-receive.c++ ----------------------------------------------------
 
-  kj::Promise<MaybeMessage> receivePlain();
+  kj::Promise<MaybeMessage> receiveNext();
   kj::Promise<MaybeMessage> receiveShared();
   MaybeMessage takeOne();
   void countReturn(kj::ArrayPtr<const capnp::word> firstSegment);
   kj::Maybe<kj::Exception> endOfDelivery();
   void deliver();
-  kj::Promise<void> readControl(bool bellExpected);
+  kj::Promise<void> deliverPlain();
+  kj::Promise<void> readControl();
   kj::Promise<void> listenToBell();
   kj::Promise<void> listenToForeignThreads();
   void bellRang();
   void admitBell();
   void admitRegion();
   void controlEnded(kj::Maybe<kj::Exception> reason);
-  bool wantsData() { return incomingShared && !ended && receiver != nullptr; }
+  bool wantsData() { return isSharing() && !ended && receiver != nullptr; }
 
   // connection.c++ ------------------------------------------------------------
 

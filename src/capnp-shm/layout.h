@@ -174,10 +174,10 @@ constexpr uint64_t FREE_BY_CONSUMPTION = ~uint64_t(0);
 // Region header
 
 struct RegionHeader {
-  // At the start of region 0 of each side. Blank until the version is agreed, then written once by
-  // the owner, before its `mapped`, and checked by the peer when that arrives.
+  // At the start of region 0 of each side. Written once by the owner, before it sends the region, and
+  // checked by the peer when it has mapped it.
 
-  SharedWord magic;        // REGION_MAGIC; stored last.
+  SharedWord magic;        // REGION_MAGIC.
   SharedWord version;      // The agreed version.
   SharedWord regionBytes;
   SharedWord ringOffset;   // Where the first descriptor ring lies; a multiple of 64.

@@ -32,7 +32,8 @@ size_t roundUpToPages(size_t bytes) {
 }
 
 void fillHeader(RegionHeader& header, const OutboxLimits& limits, uint32_t version) {
-  // Relaxed: published by the release store of the magic.
+  // Relaxed, as all of this: the header is not in the region yet, and the system call that puts it
+  // there orders it.
   auto set = [](SharedWord& word, uint64_t value) {
     word.store(value, std::memory_order_relaxed);
     faultPoint();
@@ -45,10 +46,7 @@ void fillHeader(RegionHeader& header, const OutboxLimits& limits, uint32_t versi
   set(header.ringLines, FIRST_RING_LINES);
   // Where the peer's ring starts, so that its first look at our counter finds no surprise.
   set(header.consumed, FIRST_RING_LINES);
-  // Release: pairs with the acquire load in Inbox's constructor. In a header that is not in the
-  // region yet it orders nothing; the system call that puts it there does.
-  header.magic.store(REGION_MAGIC, std::memory_order_release);
-  faultPoint();
+  set(header.magic, REGION_MAGIC);
 }
 
 const void* threadAddress() {
@@ -70,16 +68,12 @@ bool OwnerThread::isForked() const { return generation != forkGeneration(); }
 // =======================================================================================
 // Setting up
 
-Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake,
-               kj::Maybe<uint32_t> version)
+Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake, uint32_t version)
     : limits(limits), foreignWake(kj::mv(foreignWake)) {
   RegionHeader header {};
-  kj::ArrayPtr<const kj::byte> beginning;
-  KJ_IF_MAYBE(v, version) {
-    fillHeader(header, limits, *v);
-    beginning = kj::arrayPtr(reinterpret_cast<const kj::byte*>(&header), sizeof(header));
-  }
-  auto memory = createRegion(limits.firstRegionBytes, beginning);
+  fillHeader(header, limits, version);
+  auto memory = createRegion(limits.firstRegionBytes,
+      kj::arrayPtr(reinterpret_cast<const kj::byte*>(&header), sizeof(header)));
   auto bytes = memory.mapping.bytes();
   totalBytes = bytes.size();
   regions.add(kj::heap<Region>(
@@ -98,8 +92,10 @@ Outbox::Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake,
 
 Outbox::~Outbox() noexcept(false) {}
 
-kj::AutoCloseFd Outbox::takeFirstRegionFd() { return kj::mv(regions[0]->memory.fd); }
-size_t Outbox::getFirstRegionBytes() const { return regions[0]->bytes; }
+kj::AutoCloseFd Outbox::takeFirstRegionFd() {
+  regions[0]->state = Region::MAPPED;
+  return kj::mv(regions[0]->memory.fd);
+}
 
 RegionHeader& Outbox::getHeader() {
   return *reinterpret_cast<RegionHeader*>(regions[0]->memory.mapping.bytes().begin());
@@ -109,14 +105,9 @@ kj::ArrayPtr<SharedWord> Outbox::getFreeRing() {
   return kj::arrayPtr(reinterpret_cast<SharedWord*>(&getHeader() + 1), limits.freeEntries);
 }
 
-void Outbox::writeHeader(uint32_t version) {
-  fillHeader(getHeader(), limits, version);
-}
-
 void Outbox::start(const RegionHeader& peer, kj::ArrayPtr<const SharedWord> peerFreeRing) {
   peerHeader = &peer;
   if (peerFreeRing.size() > 0) freeRing = FreeConsumer(peerFreeRing, peer.freed);
-  regions[0]->state = Region::MAPPED;
 }
 
 void Outbox::stop() {

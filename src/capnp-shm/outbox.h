@@ -76,7 +76,8 @@ class Outbox final: public kj::AtomicRefcounted {
   // promise; the connection carries its announcements and wakes the peer.
   //
   // Invariants:
-  // - A descriptor refers only to regions that the peer has mapped.
+  // - A descriptor refers only to regions that the peer has mapped, or to the first, without which it
+  //   would not read it.
   // - A quarter of the memory is kept from builders and from messages read in place, so that copies
   //   find room soon. And a small reserve is never lent to either, so that a message can go in
   //   parts as soon as the peer has consumed everything: held messages can stall nothing, not even
@@ -87,11 +88,10 @@ class Outbox final: public kj::AtomicRefcounted {
   // connection as long as it must. Belongs to one thread, except where noted.
 
 public:
-  Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake,
-         kj::Maybe<uint32_t> version = nullptr);
-  // Makes the first region. Throws if the system refuses; see createRegion(). `foreignWake` is
-  // woken when a builder was destroyed on another thread, so that reclaim() should be called. If the
-  // version is agreed already the region is made with its header, which saves touching a page of it.
+  Outbox(const OutboxLimits& limits, kj::Own<ForeignWake> foreignWake, uint32_t version);
+  // Makes the first region, with its header. Throws if the system refuses; see createRegion().
+  // `foreignWake` is woken when a builder was destroyed on another thread, so that reclaim() should
+  // be called. `version` is the agreed one.
 
   ~Outbox() noexcept(false);
 
@@ -102,21 +102,17 @@ public:
   // Setting up
 
   kj::AutoCloseFd takeFirstRegionFd();
-  // To be sent once; not kept here, as a peer might say that it mapped the region before it is.
-
-  size_t getFirstRegionBytes() const;
-
-  void writeHeader(uint32_t version);
-  // Fills in the header of the first region, once the version was agreed, if the constructor could
-  // not.
+  // To be sent once; not kept here, as a peer might say that it mapped the region before it is. From
+  // here on messages can be published, as far as they find room in this region alone: whoever cannot
+  // map it takes none.
 
   RegionHeader& getHeader();
   kj::ArrayPtr<SharedWord> getFreeRing();
   // The words which this side writes as a reader; see Inbox.
 
   void start(const RegionHeader& peerHeader, kj::ArrayPtr<const SharedWord> peerFreeRing);
-  // The peer has mapped the first region: from here on messages can be published. `peerHeader`
-  // (whose `consumed` and `freed` we read) and `peerFreeRing` (empty if the peer copies everything)
+  // The peer's first region is mapped: from here on what it consumed can be used again, and there may
+  // be further regions. `peerHeader` (whose `consumed` and `freed` we read) and `peerFreeRing` (empty if the peer copies everything)
   // must stay mapped until stop().
 
   void stop();

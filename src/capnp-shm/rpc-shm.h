@@ -145,7 +145,9 @@ enum class Transport: uint8_t {
 
   SHARED_MEMORY
   // Agreed: the next call, at the latest, goes there. (What ends the first call, a Finish say, may be
-  // a plain frame yet; see docs/PROTOCOL.md 5.)
+  // a plain frame yet; see docs/PROTOCOL.md 5. If it turns out then that the system refuses memory or
+  // a mapping, or that something on the way drops file descriptors, this becomes PLAIN, and nothing
+  // is lost.)
 };
 
 struct DirectionStats {

@@ -59,9 +59,12 @@ public:
       // Begin after the switch.
       writeHeader();
       bool trust = flags & 128;
-      sendOffer(trust);
+      socket.send(ControlFrame([&](auto c) { fillOffer(c, trust); }).bytes());
+      socket.turn();  // A client switches now.
+      int fd = first.fd;
+      socket.send(ControlFrame([](auto c) { c.setSwitch(); }).bytes(), kj::arrayPtr(&fd, 1));
+      socket.turn();  // And a server.
       send(ControlFrame([](auto c) { c.setMapped(); }));
-      send(ControlFrame([](auto c) { c.setSwitch(); }));
       if (trust && context.options.trustPeer) send(ControlFrame([](auto c) { c.setBell(); }));
       socket.turn();
     }
@@ -87,12 +90,6 @@ private:
     h.ringLines = FIRST_RING_LINES;
     h.consumed = FIRST_RING_LINES;
     h.magic = REGION_MAGIC;
-  }
-
-  void sendOffer(bool trust) {
-    int fd = first.fd;
-    socket.send(ControlFrame([&](auto c) { fillOffer(c, trust); }).bytes(),
-        kj::arrayPtr(&fd, 1));
   }
 
   static void fillOffer(protocol::Control::Builder control, bool trust) {
@@ -152,7 +149,7 @@ private:
   void sendControl() {
     uint kind = input.takeByte();
     ControlFrame frame([&](protocol::Control::Builder c) {
-      switch (kind % 11) {
+      switch (kind % 12) {
         case 0: fillOffer(c, kind & 128); break;
         case 1: c.setMapped(); break;
         case 2: {
@@ -172,6 +169,7 @@ private:
         case 8: c.setBell(); break;
         case 9: c.setEnd(); break;
         case 10: c.getOffer(); break;
+        case 11: c.setTaken(input.below(4)); break;
       }
     });
     if (input.below(4) == 0) frame.lie(input);

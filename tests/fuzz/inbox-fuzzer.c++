@@ -34,11 +34,10 @@ struct Reader {
   explicit Reader(uint freeEntries)
       : outbox(kj::atomicRefcounted<Outbox>(
             OutboxLimits { REGION_BYTES, REGION_BYTES, freeEntries },
-            kj::atomicRefcounted<ForeignWake>())) {
+            kj::atomicRefcounted<ForeignWake>(), PROTOCOL_VERSION)) {
     int number;
     KJ_SYSCALL(number = open("/dev/null", O_RDWR | O_CLOEXEC));
     notRegion = kj::AutoCloseFd(number);
-    outbox->writeHeader(PROTOCOL_VERSION);
   }
 
   kj::Own<Outbox> outbox;

@@ -28,7 +28,7 @@ struct Reader {
   explicit Reader(uint freeEntries)
       : outbox(kj::atomicRefcounted<Outbox>(
             OutboxLimits { REGION_BYTES, REGION_BYTES, freeEntries },
-            kj::atomicRefcounted<ForeignWake>())) {}
+            kj::atomicRefcounted<ForeignWake>(), PROTOCOL_VERSION)) {}
   kj::Own<Outbox> outbox;
 };
 
@@ -37,9 +37,8 @@ public:
   explicit OutboxFuzzer(Reader& reader)
       : reader(reader), told(), toldFreed(),
         outbox(kj::atomicRefcounted<Outbox>(OutboxLimits { REGION_BYTES, MAX_BYTES, 0 },
-            kj::atomicRefcounted<ForeignWake>())) {
-    outbox->writeHeader(PROTOCOL_VERSION);
-    reader.outbox->writeHeader(PROTOCOL_VERSION);
+            kj::atomicRefcounted<ForeignWake>(), PROTOCOL_VERSION)) {
+    header().consumed = FIRST_RING_LINES;
     header().freed = 0;
     bool inPlace = reader.outbox->getFreeRing().size() > 0;
     InboxLimits limits { 1 << 16, 16, 2 * MAX_BYTES, inPlace };

@@ -61,10 +61,10 @@ void SessionPeer::handleFrame(kj::ArrayPtr<const word> frame, bool accept) {
   };
   auto control = KJ_ASSERT_NONNULL(asControl(message.getRoot<capnp::AnyPointer>()));
   switch (control.which()) {
-    case protocol::Control::OFFER:
+    case protocol::Control::SWITCH:
       victims.add(VictimsRegion { 0, KJ_ASSERT_NONNULL(findRegion(nextFd())) });
+      victimSwitched = true;
       break;
-    case protocol::Control::SWITCH: victimSwitched = true; break;
     case protocol::Control::BELL: nextFd(); break;
     case protocol::Control::END: victimEnded = true; break;
     case protocol::Control::FDS:
@@ -238,7 +238,7 @@ void SessionPeer::lie(Input& input) {
     case 7: {
       uint kind = input.takeByte();
       ControlFrame frame([&](protocol::Control::Builder c) {
-        switch (kind % 8) {
+        switch (kind % 9) {
           case 0: c.initRegion().setId(input.below(8)); c.getRegion().setBytes(REGION_BYTES); break;
           case 1: c.setRegionMapped(input.below(8)); break;
           case 2: c.setRegionRefused(input.below(8)); break;
@@ -247,6 +247,7 @@ void SessionPeer::lie(Input& input) {
           case 5: c.setSwitch(); break;
           case 6: c.setBell(); break;
           case 7: c.initOffer(); break;
+          case 8: c.setTaken(input.below(4)); break;
         }
       });
       if (kind & 128) frame.lie(input);

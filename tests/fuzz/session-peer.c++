@@ -68,7 +68,6 @@ void SessionPeer::setUp(bool victimTrusts, bool trust, uint plainMessages, Input
   h.consumed = FIRST_RING_LINES;
   h.magic = REGION_MAGIC;
 
-  int fd = regions[0]->memory.fd;
   ControlFrame offer([&](protocol::Control::Builder control) {
     auto offer = control.initOffer();
     offer.setMinVersion(1);
@@ -78,14 +77,17 @@ void SessionPeer::setUp(bool victimTrusts, bool trust, uint plainMessages, Input
     offer.setTrustsPeer(trust);
     offer.setMaxFdsPerMessage(2);
   });
-  sendControl(offer, kj::arrayPtr(&fd, 1));
+  sendControl(offer);
   socket.turn();
   readSocket(true);
   for (; plainMessages > 0; plainMessages--) sendPlain();
+  int fd = regions[0]->memory.fd;
+  ControlFrame switchOver([](auto control) { control.setSwitch(); });
+  sendControl(switchOver, kj::arrayPtr(&fd, 1));
+  socket.turn();
+  readSocket(true);
   ControlFrame mapped([](auto control) { control.setMapped(); });
   sendControl(mapped);
-  ControlFrame switchOver([](auto control) { control.setSwitch(); });
-  sendControl(switchOver);
   if (victimTrusts && trust) {
     // To be rung on the socket, or by the eventfd.
     ControlFrame bell([](auto control) { control.setBell(); });
