@@ -129,10 +129,16 @@ struct Busy {
       auto end = newEnd(test.mode.client, io, sockets.there);
       auto connection = end->connect();
       // Nothing comes but what sets up the shared memory, and the end.
-      auto listening = connection->receiveIncomingMessage();
+      auto listening = connection->receiveIncomingMessage().eagerlyEvaluate(nullptr);
+      auto stats = [&]() { return KJ_ASSERT_NONNULL(end->network.getStats()); };
+      while (stats().incoming.transport == Transport::STARTING) {
+        io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
+      }
       flood(io.provider->getTimer(), *end, *connection).wait(io.waitScope);
       listening.wait(io.waitScope);
       end->expectTransport(test.mode.expected);
+      // And all of it went there.
+      EXPECT_EQ(0, stats().outgoing.socketMessages);
     } else if (test.load == Load::WE_PING_PONG) {
       auto end = newEnd(test.mode.server, io, sockets.there);
       end->start(capnp::Capability::Client(kj::heap<RootImpl>(state)));

@@ -3,6 +3,7 @@
 #include "hand-made-peer.h"
 #include "outbox-pair.h"
 
+#include <capnp/serialize.h>
 #include <malloc.h>
 #include <sys/socket.h>
 #include <thread>
@@ -362,20 +363,17 @@ TEST(PeerLimits, NoRingIsTooLargeToBeReadAtOnce) {
   }
 }
 
-TEST(PeerLimits, AFloodOnTheControlSocketLeavesTheLoopToOthers) {
-  // Where no limit ends it.
-  SharedMemoryOptions options;
-  options.peerLimits.controlMessages = kj::maxValue;
-  HandMadePeer peer(options);
-  peer.upgrade();
+void expectOthersGoOn(HandMadePeer& peer, const std::vector<uint64_t>& words) {
+  // While `words` come on the socket all the time.
   std::atomic<bool> stop{false};
   std::thread flooder([&]() {
-    std::vector<uint64_t> bells(4096, ~uint64_t(0));
     int socket = KJ_ASSERT_NONNULL(peer.pipe.ends[1]->getFd());
     while (!stop) {
-      if (send(socket, bells.data(), bells.size() * sizeof(uint64_t),
-               MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
-        std::this_thread::yield();
+      for (size_t sent = 0, bytes = words.size() * sizeof(uint64_t); sent < bytes && !stop;) {
+        ssize_t n = send(socket, reinterpret_cast<const kj::byte*>(words.data()) + sent,
+            bytes - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n < 0) std::this_thread::yield();
+        sent += n < 0 ? 0 : n;
       }
     }
   });
@@ -387,6 +385,34 @@ TEST(PeerLimits, AFloodOnTheControlSocketLeavesTheLoopToOthers) {
   for (int i = 0; i < 20; i++) tick();
   EXPECT_TRUE(flooded());
   EXPECT_EQ(peer.failure, "");
+}
+
+TEST(PeerLimits, AFloodOnTheControlSocketLeavesTheLoopToOthers) {
+  // Where no limit ends it.
+  SharedMemoryOptions options;
+  options.peerLimits.controlMessages = kj::maxValue;
+  HandMadePeer peer(options);
+  peer.upgrade();
+  expectOthersGoOn(peer, std::vector<uint64_t>(4096, ~uint64_t(0)));
+}
+
+kj::Promise<void> receiveAll(HandMadePeer& peer) {
+  return peer.connection->receiveIncomingMessage().then(
+      [&peer](kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>&&) { return receiveAll(peer); });
+}
+
+TEST(PeerLimits, AFloodOfPlainFramesLeavesTheLoopToOthers) {
+  HandMadePeer peer;
+  peer.receiving = receiveAll(peer).eagerlyEvaluate(
+      [&](kj::Exception&& exception) { peer.failure = kj::str(exception); });
+  capnp::MallocMessageBuilder message;
+  message.initRoot<capnp::rpc::Message>().initFinish();
+  auto frame = capnp::messageToFlatArray(message);
+  std::vector<uint64_t> words(1000 * frame.size());
+  for (size_t i = 0; i < 1000; i++) {
+    memcpy(&words[i * frame.size()], frame.begin(), frame.asBytes().size());
+  }
+  expectOthersGoOn(peer, words);
 }
 
 TEST(PeerLimits, WhatIsGivenUpForGoodIsBounded) {
