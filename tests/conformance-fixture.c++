@@ -238,8 +238,9 @@ StreamPair::StreamPair(const Mode& mode, kj::AsyncIoContext& io, bool withFds) {
       proxyEnds[1] = kj::mv(back.ends[0]);
       for (uint i = 0; i < 2; i++) {
         auto& to = *proxyEnds[1 - i];
-        pumps.add(proxyEnds[i]->pumpTo(to).then([&to](uint64_t) { to.shutdownWrite(); })
-            .eagerlyEvaluate([](kj::Exception&&) {}));
+        // A reset is an end too: of a side that left without having read everything.
+        pumps.add(proxyEnds[i]->pumpTo(to).ignoreResult().catch_([](kj::Exception&&) {})
+            .then([&to]() { to.shutdownWrite(); }).eagerlyEvaluate([](kj::Exception&&) {}));
       }
       break;
     }
