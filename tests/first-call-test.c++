@@ -2,9 +2,7 @@
 
 #include "hand-made-peer.h"
 
-#include <fcntl.h>
 #include <kj/function.h>
-#include <unistd.h>
 
 // That the first call of a connection needs no shared memory, and that nothing after it does
 // without: until when a client puts off its switch. And what becomes of the messages which are
@@ -207,7 +205,7 @@ TEST(FirstCall, LargeOneAfterItNeedsNoFurtherRegion) {
     if (!spins) options.spinMicroseconds = 0;
     Pair pair(options);
     pair.firstCall();
-      pair.call(*pair.atClient, 30000);
+    pair.call(*pair.atClient, 30000);
     pair.receive(*pair.atServer);
     EXPECT_EQ(spins ? 1u : 2u, pair.client.getStats().regions);
   }
@@ -249,18 +247,6 @@ public:
       message->setFds(kj::mv(fds));
     }
     message->send();
-  }
-
-  void publishFinish(kj::uint questionId) {
-    capnp::MallocMessageBuilder message;
-    message.initRoot<capnp::rpc::Message>().initFinish().setQuestionId(questionId);
-    auto segment = message.getSegmentsForOutput()[0];
-    uint64_t body[8] = {};
-    KJ_REQUIRE(segment.asBytes().size() <= sizeof(body));
-    memcpy(body, segment.begin(), segment.asBytes().size());
-    KJ_ASSERT_NONNULL(ring).publish(
-        { DescriptorKind::MESSAGE, 0, 1, 0, uint16_t(segment.size()) },
-        kj::arrayPtr(body, segment.size()));
   }
 
   void expectPlain(kj::uint number, size_t bytes = 0, bool withFd = false) {

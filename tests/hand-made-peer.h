@@ -166,6 +166,18 @@ public:
     ASSERT_EQ(failure, "");
   }
 
+  void publishFinish(kj::uint questionId) {
+    capnp::MallocMessageBuilder message;
+    message.initRoot<capnp::rpc::Message>().initFinish().setQuestionId(questionId);
+    auto segment = message.getSegmentsForOutput()[0];
+    uint64_t body[8] = {};
+    KJ_REQUIRE(segment.asBytes().size() <= sizeof(body));
+    memcpy(body, segment.begin(), segment.asBytes().size());
+    KJ_ASSERT_NONNULL(ring).publish(
+        { DescriptorKind::MESSAGE, 0, 1, 0, uint16_t(segment.size()) },
+        kj::arrayPtr(body, segment.size()));
+  }
+
   DescriptorConsumer networksRing() {
     auto bytes = KJ_ASSERT_NONNULL(peerMemory).bytes();
     auto& h = *reinterpret_cast<const RegionHeader*>(bytes.begin());

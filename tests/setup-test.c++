@@ -138,15 +138,7 @@ TEST(Setup, ResetDoesNotLoseWhatWasPublished) {
   peer.send(100);
   peer.settle();  // So that there is a bell that the peer does not read.
 
-  capnp::MallocMessageBuilder message;
-  message.initRoot<capnp::rpc::Message>().initFinish().setQuestionId(11);
-  auto segment = message.getSegmentsForOutput()[0];
-  uint64_t body[8] = {};
-  KJ_REQUIRE(segment.asBytes().size() <= sizeof(body));
-  memcpy(body, segment.begin(), segment.asBytes().size());
-  KJ_ASSERT_NONNULL(peer.ring).publish(
-      { DescriptorKind::MESSAGE, 0, 1, 0, uint16_t(segment.size()) },
-      kj::arrayPtr(body, segment.size()));
+  peer.publishFinish(11);
   // Behind this bell it finds the socket reset.
   uint64_t bell = ~uint64_t(0);
   peer.pipe.ends[1]->write(&bell, sizeof(bell)).wait(peer.io.waitScope);
