@@ -345,7 +345,7 @@ INSTANTIATE_TEST_SUITE_P(Garbage, HostileSetup, testing::Values(
       peer.writeWords({ uint64_t(8) << 32, 0, 0 });
       peer.hangUp();
     } },
-    Misdeed { "BrokenOffWithinOffer", "remature", [](HostilePeer& peer) {
+    Misdeed { "BrokenOffWithinOffer", "disconnected within a message", [](HostilePeer& peer) {
       peer.writeWords({ uint64_t(8) << 32, 0, 0 });
       peer.hangUp();
     }, false, true },

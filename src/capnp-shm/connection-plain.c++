@@ -21,6 +21,12 @@ namespace {
 constexpr size_t MAX_PLAIN_CONTROL_WORDS = 1024;
 // As a plain frame: there it may be a refusal with its reason, or an offer that comes back.
 
+constexpr size_t PLAIN_AHEAD_WORDS = 512;
+// What a client has to say at first, several times.
+
+constexpr uint MAX_PLAIN_SEGMENTS = 511;
+// As of capnp::readMessage().
+
 struct FrameSize {
   size_t payloadWords;
   size_t wireBytes;
@@ -40,22 +46,29 @@ FrameSize measure(capnp::MessageReader& message) {
   return { words, (segments / 2 + 1 + words) * sizeof(word) };
 }
 
+kj::Array<kj::AutoCloseFd> moveFirst(kj::ArrayPtr<kj::AutoCloseFd> fds, size_t count) {
+  if (count == 0) return nullptr;
+  auto result = kj::heapArrayBuilder<kj::AutoCloseFd>(count);
+  for (size_t i = 0; i < count; i++) result.add(kj::mv(fds[i]));
+  return result.finish();
+}
+
 class PlainIncomingMessage final: public capnp::IncomingRpcMessage {
   // A message that came as a plain frame.
 
 public:
   PlainIncomingMessage(kj::Own<capnp::MessageReader> reader, size_t words,
-                       kj::Array<kj::AutoCloseFd> fdSpace, size_t fdCount)
-      : reader(kj::mv(reader)), words(words), fdSpace(kj::mv(fdSpace)), fdCount(fdCount) {}
+                       kj::Array<kj::AutoCloseFd> fds, size_t fdCount)
+      : reader(kj::mv(reader)), words(words), fds(kj::mv(fds)), fdCount(fdCount) {}
 
   capnp::AnyPointer::Reader getBody() override { return reader->getRoot<capnp::AnyPointer>(); }
-  kj::ArrayPtr<kj::AutoCloseFd> getAttachedFds() override { return fdSpace.slice(0, fdCount); }
+  kj::ArrayPtr<kj::AutoCloseFd> getAttachedFds() override { return fds.slice(0, fdCount); }
   size_t sizeInWords() override { return words; }
 
 private:
   kj::Own<capnp::MessageReader> reader;
   size_t words;
-  kj::Array<kj::AutoCloseFd> fdSpace;
+  kj::Array<kj::AutoCloseFd> fds;
   size_t fdCount;
 };
 
@@ -73,21 +86,8 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
       return receivePlain();
     });
   }
-  bool decided = plainReason != nullptr;
-  if (decided && plainStream == nullptr) plainStream = compat::newMessageStream(stream);
-
-  // Room for the fd of a region even if RPC messages may have none.
-  size_t space = decided ? size_t(maxFdsPerMessage) : kj::max(size_t(maxFdsPerMessage), size_t(1));
-  auto fdSpace = kj::heapArray<kj::AutoCloseFd>(space);
-  // KJ may also throw here and now, as in readControl().
-  auto promise = kj::evalNow([&]() -> kj::Promise<kj::Maybe<capnp::MessageReaderAndFds>> {
-    KJ_IF_MAYBE(s, plainStream) return (*s)->tryReadMessage(fdSpace, receiveOptions);
-    return capnp::tryReadMessage(stream, fdSpace, receiveOptions);
-  });
-
-  return readCanceler.wrap(kj::mv(promise)).then(
-      [this, fdSpace = kj::mv(fdSpace)]
-      (kj::Maybe<capnp::MessageReaderAndFds>&& message) mutable -> kj::Promise<MaybeMessage> {
+  return readCanceler.wrap(readPlain()).then(
+      [this](kj::Maybe<PlainMessage>&& message) -> kj::Promise<MaybeMessage> {
     KJ_IF_MAYBE(m, message) {
       auto size = measure(*m->reader);
       getTurnEnd().count(size.wireBytes);
@@ -121,12 +121,53 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
       for (size_t i = maxFdsPerMessage; i < m->fds.size(); i++) m->fds[i] = nullptr;
       size_t fdCount = kj::min(m->fds.size(), size_t(maxFdsPerMessage));
       return MaybeMessage(kj::Own<capnp::IncomingRpcMessage>(kj::heap<PlainIncomingMessage>(
-          kj::mv(m->reader), size.payloadWords, kj::mv(fdSpace), fdCount)));
+          kj::mv(m->reader), size.payloadWords, kj::mv(m->fds), fdCount)));
     }
     return plainEnded(nullptr);
   }, [this](kj::Exception&& exception) -> kj::Promise<MaybeMessage> {
     if (exception.getType() != kj::Exception::Type::DISCONNECTED) return kj::mv(exception);
     return plainEnded(kj::mv(exception));
+  });
+}
+
+kj::Promise<kj::Maybe<SharedMemoryConnection::PlainMessage>> SharedMemoryConnection::readPlain() {
+  bool decided = plainReason != nullptr;
+  if (decided && plainStream == nullptr) plainStream = compat::newMessageStream(stream);
+  if (decided && frames.isEmpty()) {
+    auto fdSpace = kj::heapArray<kj::AutoCloseFd>(maxFdsPerMessage);
+    // KJ may also throw here and now; see FrameReader.
+    auto promise = kj::evalNow([&]() {
+      return KJ_ASSERT_NONNULL(plainStream)->tryReadMessage(fdSpace, receiveOptions);
+    });
+    return promise.then([fdSpace = kj::mv(fdSpace)](kj::Maybe<capnp::MessageReaderAndFds>&& message)
+        mutable -> kj::Maybe<PlainMessage> {
+      KJ_IF_MAYBE(m, message) {
+        size_t count = m->fds.size();
+        return PlainMessage { kj::mv(m->reader), moveFirst(fdSpace, count) };
+      }
+      return nullptr;
+    });
+  }
+
+  FrameReader::Limits limits;
+  limits.segments = MAX_PLAIN_SEGMENTS;
+  limits.words = receiveOptions.traversalLimitInWords;
+  limits.aheadWords = decided || readsExactly() ? 1 : PLAIN_AHEAD_WORDS;
+  // Room for the fd of a region even if RPC messages may have none.
+  limits.fds = kj::max(maxFdsPerMessage, 1u);
+  return frames.next(limits).then([this](kj::Maybe<FrameReader::Frame>&& frame)
+      -> kj::Maybe<PlainMessage> {
+    KJ_IF_MAYBE(f, frame) {
+      if (f->words.size() == 0) {
+        // What Cap'n Proto itself says in these cases.
+        KJ_REQUIRE(uint32_t(f->header) < MAX_PLAIN_SEGMENTS, "Message has too many segments.");
+        KJ_FAIL_REQUIRE("Message is too large.  To increase the limit on the receiving end, see "
+            "capnp::ReaderOptions.");
+      }
+      auto reader = kj::heap<capnp::FlatArrayMessageReader>(f->words, receiveOptions);
+      return PlainMessage { reader.attach(kj::mv(f->words)), kj::mv(f->fds) };
+    }
+    return nullptr;
   });
 }
 

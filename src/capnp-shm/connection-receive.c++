@@ -181,96 +181,24 @@ kj::Promise<void> SharedMemoryConnection::deliverPlain() {
 
 kj::Promise<void> SharedMemoryConnection::readControl() {
   bool bellExpected = isMutualTrust() && gotMapped && !gotBell;
-  struct Frame {
-    uint64_t header = 0;
-    kj::Array<kj::AutoCloseFd> fds;
-    kj::Own<kj::AsyncCapabilityStream> eventStream;
-    word body[MAX_CONTROL_WORDS];
-  };
-  auto frame = kj::heap<Frame>();
-  auto& f = *frame;
-  f.fds = kj::heapArray<kj::AutoCloseFd>(kj::max(maxFdsPerMessage, 1u) +
-      (acceptedSealedBytes() > 0 ? MAX_SEALED_SEGMENTS : 0));
+  FrameReader::Limits limits;
+  limits.segments = 1;
+  limits.words = MAX_CONTROL_WORDS;
+  limits.aheadWords = readsExactly() ? 1 : 1 + MAX_CONTROL_WORDS;
+  limits.fds = kj::max(maxFdsPerMessage, 1u) +
+      (acceptedSealedBytes() > 0 ? MAX_SEALED_SEGMENTS : 0);
+  limits.fdAsStream = bellExpected && port == nullptr;
 
-  // Only KJ can make something of an eventfd without an event port, and only while receiving it.
-  // KJ may also throw here and now, if the peer closed a socket in which it had left something.
-  auto headerRead = kj::evalNow([&]() {
-    return bellExpected && port == nullptr
-        ? stream.tryReadWithStreams(
-              &f.header, sizeof(f.header), sizeof(f.header), &f.eventStream, 1)
-        : stream.tryReadWithFds(&f.header, sizeof(f.header), sizeof(f.header),
-              f.fds.begin(), f.fds.size());
-  });
-  return headerRead.then([this, &f, bellExpected](kj::AsyncCapabilityStream::ReadResult n)
-      -> kj::Promise<bool> {
-    incomingStats.socketBytes += n.byteCount;
-    if (n.byteCount == 0) {
-      controlEnded(nullptr);
-      return false;
-    }
-    if (n.byteCount < sizeof(f.header)) {
-      controlEnded(KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a control message"));
-      return false;
-    }
-    wake();
-    getTurnEnd().count(0);
-    if (f.header == BELL && !bellExpected) {
-      admitBell();
-      bellRang();
+  return frames.next(limits).then([this, bellExpected](kj::Maybe<FrameReader::Frame>&& frame) {
+    KJ_IF_MAYBE(f, frame) {
+      wake();
+      getTurnEnd().count(0);
+      handleFrame(*f, bellExpected);
       return true;
     }
-
-    size_t words = f.header >> 32;
-    uint64_t header = f.header;
-    if (uint32_t(header) != 0 || words == 0 || words > MAX_CONTROL_WORDS) {
-      // Perhaps the beginning of a plain message; what follows is not read.
-      incomingStats.socketMessageBytes += sizeof(header);
-      incomingStats.socketMessageBytesAfterSwitch += sizeof(header);
-      KJ_FAIL_REQUIRE("peer sent something that is not a control message", header);
-    }
-    size_t bytes = words * sizeof(word);
-    size_t fdCount = n.capCount;
-    return stream.tryRead(f.body, bytes, bytes)
-        .then([this, &f, bytes, words, fdCount, bellExpected](size_t n) -> bool {
-      incomingStats.socketBytes += n;
-      if (n < bytes) {
-        controlEnded(KJ_EXCEPTION(DISCONNECTED, "peer disconnected within a control message"));
-        return false;
-      }
-      kj::ArrayPtr<const word> segment = kj::arrayPtr(f.body, words);
-      capnp::SegmentArrayMessageReader reader(kj::arrayPtr(&segment, 1));
-      KJ_IF_MAYBE(control, asControl(reader.getRoot<capnp::AnyPointer>())) {
-        KJ_REQUIRE(control->isBell() == bellExpected &&
-            (gotMapped || control->isMapped() || control->isDeclined()),
-            "peer sent control messages in an impossible order", uint(control->which()));
-        if (bellExpected) {
-          gotBell = true;
-          if (fdCount > 0) {
-            ownBell = port == nullptr ? EventBellListener::newListener(kj::mv(f.eventStream))
-                                      : EventBellListener::newListener(*port, kj::mv(f.fds[0]));
-            bellTask = listenToBell().eagerlyEvaluate([this](kj::Exception&& exception) {
-              fail(kj::mv(exception));
-            });
-          } else {
-            // Perhaps there was one, and this process had no descriptor to spare.
-            auto message = kj::heap<ControlMessage>();
-            message->get().setBellSocketTaken(false);
-            writeControl(kj::mv(message));
-          }
-        } else {
-          handleControl(*control, f.fds.slice(0, fdCount));
-        }
-      } else {
-        ++incomingStats.socketMessages;
-        incomingStats.socketMessageBytes += sizeof(f.header) + bytes;
-        incomingStats.socketMessageBytesAfterSwitch += sizeof(f.header) + bytes;
-        KJ_FAIL_REQUIRE("peer sent a plain message after it had switched to shared memory");
-      }
-      deliver();
-      active();
-      return true;
-    });
-  }).attach(kj::mv(frame)).then([this](bool more) -> kj::Promise<void> {
+    controlEnded(nullptr);
+    return false;
+  }).then([this](bool more) -> kj::Promise<void> {
     if (!more || failure != nullptr) return kj::READY_NOW;
     if (!isSharing()) return deliverPlain();
     // As long as there is something to read, the port does not run by itself.
@@ -287,6 +215,59 @@ kj::Promise<void> SharedMemoryConnection::readControl() {
       return kj::READY_NOW;
     }
     return kj::mv(exception);
+  });
+}
+
+void SharedMemoryConnection::handleFrame(FrameReader::Frame& frame, bool bellExpected) {
+  // From the control socket.
+  size_t bytes = kj::max(frame.words.asBytes().size(), sizeof(frame.header));
+  incomingStats.socketBytes += bytes;
+  if (frame.header == BELL && !bellExpected) {
+    admitBell();
+    bellRang();
+    return;
+  }
+  if (frame.words.size() <= 1) {
+    // Perhaps the beginning of a plain message; what follows is not read.
+    incomingStats.socketMessageBytes += bytes;
+    incomingStats.socketMessageBytesAfterSwitch += bytes;
+    KJ_FAIL_REQUIRE("peer sent something that is not a control message", frame.header);
+  }
+
+  auto segment = frame.words.slice(1, frame.words.size()).asConst();
+  capnp::SegmentArrayMessageReader reader(kj::arrayPtr(&segment, 1));
+  KJ_IF_MAYBE(control, asControl(reader.getRoot<capnp::AnyPointer>())) {
+    KJ_REQUIRE(control->isBell() == bellExpected &&
+        (gotMapped || control->isMapped() || control->isDeclined()),
+        "peer sent control messages in an impossible order", uint(control->which()));
+    if (bellExpected) {
+      handleEventBell(frame);
+    } else {
+      handleControl(*control, frame.fds);
+    }
+  } else {
+    ++incomingStats.socketMessages;
+    incomingStats.socketMessageBytes += bytes;
+    incomingStats.socketMessageBytesAfterSwitch += bytes;
+    KJ_FAIL_REQUIRE("peer sent a plain message after it had switched to shared memory");
+  }
+  deliver();
+  active();
+}
+
+void SharedMemoryConnection::handleEventBell(FrameReader::Frame& frame) {
+  gotBell = true;
+  if (port == nullptr ? frame.fdStream.get() == nullptr : frame.fds.size() == 0) {
+    // Perhaps there was one, and this process had no descriptor to spare.
+    auto message = kj::heap<ControlMessage>();
+    message->get().setBellSocketTaken(false);
+    writeControl(kj::mv(message));
+    return;
+  }
+  ownBell = port == nullptr ? EventBellListener::newListener(kj::mv(frame.fdStream))
+                            : EventBellListener::newListener(*port, kj::mv(frame.fds[0]));
+  bellTask = listenToBell().eagerlyEvaluate([this](kj::Exception&& exception) {
+    fail(kj::mv(exception));
   });
 }
 

@@ -61,6 +61,7 @@ SharedMemoryConnection::SharedMemoryConnection(
       peerVatId(4),
       foreignWake(kj::atomicRefcounted<ForeignWake>()),
       previousWrite(kj::READY_NOW),
+      frames(stream),
       currentOutgoingMessageSendTime(clock.now()),
       window(kj::refcounted<WindowState>(*this)),
       controlTask(kj::READY_NOW),

@@ -7,6 +7,7 @@
 #include "doorbell.h"
 #include "event-bell.h"
 #include "foreign-wake.h"
+#include "frame-reader.h"
 #include "handshake.h"
 #include "inbox.h"
 #include "message.h"
@@ -57,10 +58,6 @@ public:
   kj::Promise<void> shutdown() override;
 
 private:
-  static constexpr uint64_t BELL = ~uint64_t(0);
-  // What is sent to wake the peer. As a frame header it would announce 2^32 segments, so it cannot
-  // be one.
-
   using MaybeMessage = kj::Maybe<kj::Own<capnp::IncomingRpcMessage>>;
 
   class Receiver;
@@ -87,6 +84,12 @@ private:
     // Frames that leave with one write.
 
     kj::Vector<PlainFrame> frames;
+  };
+
+  struct PlainMessage {
+    // One that was read, with all file descriptors that came.
+    kj::Own<capnp::MessageReader> reader;
+    kj::Array<kj::AutoCloseFd> fds;
   };
 
   struct FdRecord {
@@ -179,7 +182,9 @@ private:
   bool writeEnded = false;
 
   // Receiving.
+  FrameReader frames;
   kj::Maybe<kj::Own<capnp::MessageStream>> plainStream;
+  // Takes the stream over once it is plain for good, behind what `frames` has read ahead.
   kj::Canceler readCanceler;
   kj::Maybe<kj::Exception> failure;
   // Set once the connection is broken: all further receives fail with it.
@@ -239,6 +244,8 @@ private:
   // The peer's messages come through shared memory, and ours go there.
   bool isConfirmed() const { return isSharing() && gotMapped; }
   // And it will stay so.
+  bool readsExactly() const { return port == nullptr && options.trustPeer; }
+  // No byte ahead of what is needed, since a bell may come that only KJ can receive.
   bool isMutualTrust() const { return options.trustPeer && peerTrustsUs; }
   void sendBell();
   void offerBellSocket();
@@ -248,6 +255,7 @@ private:
   // connection-plain.c++ ------------------------------------------------------
 
   kj::Promise<MaybeMessage> receivePlain();
+  kj::Promise<kj::Maybe<PlainMessage>> readPlain();
   kj::Promise<MaybeMessage> plainEnded(kj::Maybe<kj::Exception> reason);
   bool handlePlainBody(
       kj::Maybe<capnp::AnyPointer::Reader> body, kj::ArrayPtr<kj::AutoCloseFd> fds);
@@ -287,6 +295,8 @@ private:
   void deliver();
   kj::Promise<void> deliverPlain();
   kj::Promise<void> readControl();
+  void handleFrame(FrameReader::Frame& frame, bool bellExpected);
+  void handleEventBell(FrameReader::Frame& frame);
   kj::Promise<void> listenToBell();
   kj::Promise<void> listenToForeignThreads();
   void bellRang();
