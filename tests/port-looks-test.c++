@@ -65,6 +65,42 @@ TEST_F(LooksAtPort, NotForLongInVain) {
   EXPECT_GT(turnsWithLooks, 4u) << "it is tried again now and then";
 }
 
+TEST_F(LooksAtPort, ForWhatIsAwaitedOnASocketAndNowhereElse) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  FakeMember a(log, "a", 20000), b(log, "b", 20000);
+  a.awaitingSocket = true;
+  a.unprepared = 1;
+  a.active();
+  auto happened = turn();
+  EXPECT_EQ(0u, happened.find("aF aF ")) << happened;
+  EXPECT_EQ(std::string::npos, happened.find_first_of("Pp")) << happened;
+  EXPECT_EQ(happened.size() - 3, happened.find("aS ")) << happened;
+
+  // Beside one that waits for something else, which has its spin first.
+  b.waiting = true;
+  a.active();
+  b.active();
+  happened = turn();
+  EXPECT_LT(happened.find("bP"), happened.find("aF", happened.find("aF") + 1)) << happened;
+  EXPECT_EQ(std::string::npos, happened.find("aP")) << happened;
+}
+
+TEST_F(LooksAtPort, LongerForAnAnswerOnASocket) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  FakeMember a(log, "a");
+  a.awaitingSocket = true;
+  a.answer = true;
+  auto begin = std::chrono::steady_clock::now();
+  EXPECT_GT(looks(a), 0u);
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::microseconds(60));
+  uint turnsWithLooks = 0;
+  for (uint i = 0; i < 1000; i++) turnsWithLooks += looks(a) > 0;
+  EXPECT_LE(turnsWithLooks, 25u) << "in vain";
+  // That says nothing of what a peer wants that is set up already.
+  a.answer = false;
+  EXPECT_GT(looks(a), 0u);
+}
+
 TEST_F(LooksAtPort, FewerWhileTheyPayWithSpinsAndWithout) {
   if (EMULATED) GTEST_SKIP() << "too slow under an emulator for any look to pay";
   if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";

@@ -27,6 +27,7 @@ public:
   TurnEnd& turnEnd() { return getTurnEnd(); }
 
   bool waiting = false;
+  bool awaitingSocket = false;
   bool answer = false;
   kj::uint unprepared = 0;
   kj::Function<bool()> isThere = []() { return false; };
@@ -41,6 +42,7 @@ private:
   void write(char what) { if (!quiet) log += std::string(name) + what + ' '; }
   void flush() override { write('F'); }
   bool isWaiting() override { return waiting; }
+  bool awaitsSocket() override { return awaitingSocket; }
   bool expectsAnswer() override { return answer; }
   bool poll() override {
     ++polls;

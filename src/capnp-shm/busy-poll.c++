@@ -51,7 +51,7 @@ kj::Own<TurnEnd> TurnEnd::forThisLoop() {
 
 TurnEnd::TurnEnd()
     : severalCpus(hasSeveralCpus()), answers(ANSWER_TRIAL), requests(REQUEST_TRIAL),
-      looks(LOOKS_TRIAL) {
+      looks(LOOKS_TRIAL), socketLooks(LONGEST_SOCKET_LOOKS) {
   currentTurnEnd = this;
 }
 
@@ -73,7 +73,7 @@ void TurnEnd::schedule() {
     uint64_t begin = kj::max(asleepSince, busyUntil);
     uint64_t end = kj::max(now(), begin);
     budget->slept(end - begin, longestSpin);
-    looks.slept(end - begin, LOOKS_TRIAL);
+    lookBudget->slept(end - begin, LOOKS_TRIAL);
     asleepSince = 0;
     portHasRun();
   }
@@ -102,7 +102,7 @@ void TurnEnd::run() {
 
   for (auto member: batch) member->flush();
   if (lookCount > 0 && (messagesSincePort > 0 || bytesThisTurn > 0)) {
-    looks.hit(now() - lookingSince);
+    lookBudget->hit(now() - lookingSince);
     lookCount = 0;
   }
 
@@ -123,10 +123,20 @@ void TurnEnd::run() {
     }
   }
 
-  auto awake = batch.slice(0, spinners);
+  size_t lookers = spinners;
+  bool socketAnswer = false;
+  for (size_t i = spinners; i < batch.size() && lookers < MAX_SPINNERS; i++) {
+    if (batch[i]->awaitsSocket()) {
+      if (batch[i]->expectsAnswer()) socketAnswer = true;
+      std::swap(batch[i], batch[lookers++]);
+    }
+  }
+
+  auto polled = batch.slice(0, spinners);
+  auto awake = batch.slice(0, lookers);
   bool found = spinners > 0 &&
-      (poll(awake) || (lookCount == 0 && (spin(awake) || prepare(awake))));
-  if (found || (spinners > 0 && lookAtPort())) {
+      (poll(polled) || (lookCount == 0 && (spin(polled) || prepare(polled))));
+  if (found || (lookers > 0 && lookAtPort(socketAnswer))) {
     // Those that found something have announced themselves for the next end of turn, and come
     // first there. The others stay awake for now.
     for (auto member: awake) member->active();
@@ -134,7 +144,7 @@ void TurnEnd::run() {
     lookCount = 0;
     for (auto member: awake) member->sleep();
   }
-  for (auto member: batch.slice(spinners, batch.size())) member->sleep();
+  for (auto member: batch.slice(lookers, batch.size())) member->sleep();
 
   if (pending == nullptr) asleepSince = now();
 }
@@ -186,18 +196,24 @@ bool TurnEnd::prepare(kj::ArrayPtr<Member*> spinners) {
   return false;
 }
 
-bool TurnEnd::lookAtPort() {
+bool TurnEnd::lookAtPort(bool forSocketAnswer) {
   // Looks at the port before going to sleep, if there are looks left; run() comes after it.
   if (lookCount == 0) {
-    if (!severalCpus || looks.next(LOOKS_TRIAL) == 0) return false;
+    lookBudget = forSocketAnswer ? &socketLooks : &looks;
+    if (!severalCpus || lookBudget->next(LONGEST_SOCKET_LOOKS) == 0) return false;
     lookingSince = now();
-  } else if (looks.isTrial() ? now() - lookingSince >= LOOKS_TRIAL : lookCount >= LOOKS) {
-    looks.miss();
+  } else if (hasLookedEnough()) {
+    lookBudget->miss();
     return false;
   }
   ++lookCount;
   runLater(true);
   return true;
+}
+
+bool TurnEnd::hasLookedEnough() {
+  if (lookBudget == &looks && !looks.isTrial()) return lookCount >= LOOKS;
+  return now() - lookingSince >= lookBudget->next(LONGEST_SOCKET_LOOKS);
 }
 
 void TurnEnd::lookAtClock() {

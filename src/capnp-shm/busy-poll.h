@@ -50,6 +50,10 @@ public:
     virtual bool isWaiting() = 0;
     // Whether poll() can ever find something.
 
+    virtual bool awaitsSocket() = 0;
+    // Whether something may soon come on its socket, so that it pays to look at the port before
+    // going to sleep.
+
     virtual bool expectsAnswer() = 0;
     // Whether it waits for the answer to something it sent, rather than for whatever the peer may
     // want next.
@@ -132,6 +136,9 @@ private:
   static constexpr uint64_t LOOKS_TRIAL = 30000;
   // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must wait
   // for it to wake up before both can find each other awake.
+  static constexpr uint64_t LONGEST_SOCKET_LOOKS = 60000;
+  // In nanoseconds, if the answer to the first call of a connection is awaited, which comes on its
+  // socket. The peer was probably asleep, and has a connection to accept.
 
   kj::List<Member, &Member::link> members;
   kj::Maybe<kj::Promise<void>> pending;   // That will call run().
@@ -141,6 +148,8 @@ private:
   SpinBudget answers;
   SpinBudget requests;
   SpinBudget looks;
+  SpinBudget socketLooks;
+  SpinBudget* lookBudget = &looks;        // One of these two, that of the last looks.
   uint lookCount = 0;                     // Of looks since there was last anything to do,
   uint64_t lookingSince = 0;              // and when they began.
   SpinBudget* budget = &requests;         // That of the last run(),
@@ -159,7 +168,8 @@ private:
   bool poll(kj::ArrayPtr<Member*> spinners);
   bool spin(kj::ArrayPtr<Member*> spinners);
   bool prepare(kj::ArrayPtr<Member*> spinners);
-  bool lookAtPort();
+  bool lookAtPort(bool forSocketAnswer);
+  bool hasLookedEnough();
   void lookAtClock();
   void portHasRun();
 };

@@ -84,6 +84,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   if (failure != nullptr) return;
   if (!outgoingShared && !awaitsTaken) {
     sendPlain(message, kj::mv(fds), bytes);
+    if (awaitsSocket()) active();
     return;
   }
 

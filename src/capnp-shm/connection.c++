@@ -133,6 +133,12 @@ bool SharedMemoryConnection::isWaiting() {
       (wantsData() || !waiting.empty());
 }
 
+bool SharedMemoryConnection::awaitsSocket() {
+  // Until shared memory is agreed on.
+  return offered && plainReason == nullptr && !isSharing() && !plainEndSeen &&
+      failure == nullptr && !owner.isForked();
+}
+
 bool SharedMemoryConnection::poll() {
   return (wantsData() && KJ_ASSERT_NONNULL(inbox)->isReady()) ||
       (!waiting.empty() && KJ_ASSERT_NONNULL(outbox)->hasNews());

@@ -312,6 +312,7 @@ private:
 
   void flush() override;
   bool isWaiting() override;
+  bool awaitsSocket() override;
   bool expectsAnswer() override { return unansweredCalls > 0 || !waiting.empty(); }
   bool poll() override;
   bool prepare() override;
