@@ -389,12 +389,19 @@ TEST(OutboxInbox, LargeCopiesReuseWarmMemory) {
     auto list = message.getBody().getAs<capnp::List<capnp::Data>>();
     return list[0].begin();
   };
-  const byte* unkept = addressOf(*receive(0));
-  const byte* first = addressOf(*receive(1));
-  EXPECT_NE(unkept, first) << "there might have been no second one";
-  auto second = receive(2);
+  // For a few of them malloc() does. What is kept begins where a huge page could; malloc() has that too
+  // by chance.
+  auto isInHugePages = [](const byte* payload) {
+    return reinterpret_cast<uintptr_t>(payload) % (2 << 20) < 256;
+  };
+  uint inHugePages = 0;
+  for (uint64_t i = 0; i < 12; i++) inHugePages += isInHugePages(addressOf(*receive(i)));
+  EXPECT_LT(inHugePages, 6u);
+  const byte* first = addressOf(*receive(12));
+  EXPECT_TRUE(isInHugePages(first));
+  auto second = receive(13);
   EXPECT_EQ(first, addressOf(*second));
-  EXPECT_NE(first, addressOf(*receive(3))) << "while a message has it, it is that message's";
+  EXPECT_NE(first, addressOf(*receive(14))) << "while a message has it, it is that message's";
 }
 
 }  // namespace

@@ -20,6 +20,11 @@ constexpr uint64_t CONSUMPTION_WORTH_TELLING = 64 * 1024;
 constexpr uint64_t MESSAGES_BETWEEN_CARES = 64;
 // Of the pool of buffers.
 
+constexpr uint COPIES_BEFORE_POOL = 12;
+// Large ones, for which malloc() does. A new buffer in huge pages costs as much as one or two such
+// messages, and is repaid if many follow. Nor should the message that pays for it be the one, about
+// the eighth, that waits for the sender's first large region.
+
 void copyPayload(void* target, const void* source, size_t bytes) {
   // The only place where payload is read that an untrusted peer may be rewriting. The barriers
   // keep the compiler from reading the source again later instead of the copy.
@@ -108,11 +113,11 @@ bool Inbox::addRegion(uint32_t id, kj::Maybe<int> fd, uint64_t bytes) {
 kj::Array<word> Inbox::newCopy(IncomingMessage& message, size_t words) {
   // Memory to copy `message` to.
   if (words < LARGE_BUFFER_WORDS) return kj::heapArray<word>(words);
-  if (pool == nullptr) {
-    pool = kj::atomicRefcounted<BufferPool>(limits.maxBytes / 4);
-    // There may be no second one for which to keep it.
-    if (words < MAX_MALLOC_WORDS) return kj::heapArray<word>(words);
+  if (words < MAX_MALLOC_WORDS && copiesBeforePool < COPIES_BEFORE_POOL) {
+    ++copiesBeforePool;
+    return kj::heapArray<word>(words);
   }
+  if (pool == nullptr) pool = kj::atomicRefcounted<BufferPool>(limits.maxBytes / 4);
   auto& p = KJ_ASSERT_NONNULL(pool);
   message.returnCopyTo(kj::atomicAddRef(*p));
   return p->take(words);

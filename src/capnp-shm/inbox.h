@@ -159,6 +159,7 @@ private:
   bool held = false;             // `descriptor` waits for its file descriptors.
   kj::Maybe<Assembly> assembly;
   kj::Maybe<kj::Own<BufferPool>> pool;
+  uint copiesBeforePool = 0;
   uint64_t messages = 0;
   uint64_t publishedPosition;
   uint64_t consumedBytes = 0;    // Of blocks, since consumption was last published.
