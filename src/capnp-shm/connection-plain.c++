@@ -233,38 +233,20 @@ void SharedMemoryConnection::sendPlain(
 
   ++queueCount;
   queueSize += bytes;
-  auto sendTime = clock.now();
-  auto own = kj::atomicAddRef(message);
-  if (fds.size() == 0) {
-    addPlain(PlainFrame { kj::mv(own), {}, bytes, sendTime });
-    return;
-  }
-  openBatch = nullptr;
-  size_t wireBytes = frameBytes(message.getSegments());
-  auto done = kj::defer([this, bytes]() {
-    queueSize -= bytes;
-    --queueCount;
-  });
-  auto numbers = KJ_MAP(fd, fds) { return fd.get(); };
-  previousWrite = enqueueWrite(
-      [this, &m = *own, numbers = numbers.asPtr(), sendTime, wireBytes]() {
-    currentOutgoingMessageSendTime = sendTime;
-    countPlain(wireBytes);
-    KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(numbers, m.getSegments());
-    return capnp::writeMessage(stream, numbers, m.getSegments());
-  }, true).attach(kj::mv(own), kj::mv(numbers), kj::mv(fds), kj::mv(done)).eagerlyEvaluate(nullptr);
-  // eagerlyEvaluate() after attach(), so that the message is released as soon as it is written.
+  addPlain(PlainFrame { kj::atomicAddRef(message), {}, kj::mv(fds), bytes, clock.now() });
 }
 
 void SharedMemoryConnection::addPlain(PlainFrame&& frame) {
   // Frames of one turn of the event loop leave with one write, which wakes the peer once.
+  bool alone = frame.fds.size() > 0;
+  if (alone) openBatch = nullptr;
   KJ_IF_MAYBE(b, openBatch) {
     (*b)->frames.add(kj::mv(frame));
     return;
   }
   auto batch = kj::refcounted<PlainBatch>();
   batch->frames.add(kj::mv(frame));
-  openBatch = kj::addRef(*batch);
+  if (!alone) openBatch = kj::addRef(*batch);
   auto done = kj::defer([this, &b = *batch]() {
     for (auto& frame: b.frames) {
       if (frame.message.get() == nullptr) continue;
@@ -272,6 +254,7 @@ void SharedMemoryConnection::addPlain(PlainFrame&& frame) {
       --queueCount;
     }
   });
+  // eagerlyEvaluate() after attach(), so that the messages are released as soon as they are written.
   previousWrite = enqueueWrite([this, &b = *batch]() {
     return kj::evalLast([this, &b]() { return writeBatch(b); });
   }, true).attach(kj::mv(done)).attach(kj::mv(batch)).eagerlyEvaluate(nullptr);
@@ -292,11 +275,16 @@ kj::Promise<void> SharedMemoryConnection::writeBatch(PlainBatch& batch) {
     countPlain(frameBytes(segments));
     return segments;
   };
+  auto numbers = KJ_MAP(fd, batch.frames[0].fds) { return fd.get(); };
   auto promise = kj::evalNow([&]() {
+    if (numbers.size() > 0) {
+      KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessage(numbers, messages[0]);
+      return capnp::writeMessage(stream, numbers, messages[0]);
+    }
     KJ_IF_MAYBE(s, plainStream) return (*s)->writeMessages(messages);
     return capnp::writeMessages(stream, messages);
   });
-  return promise.attach(kj::mv(messages));
+  return promise.attach(kj::mv(messages), kj::mv(numbers));
 }
 
 void SharedMemoryConnection::countPlain(size_t wireBytes) {

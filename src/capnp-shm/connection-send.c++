@@ -91,26 +91,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   active();
   bool sealable = message.getSealed().countSealable() > 0;
   if (outgoingShared && waiting.empty() && fds.size() == 0 && !sealable) {
-    announceRegions();
-    auto& o = *KJ_ASSERT_NONNULL(outbox);
-    uint64_t before = o.getPosition();
-    bool published = false;
-    KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
-      published = o.tryPublish(message, 0);
-    })) {
-      fail(kj::mv(*exception));
-      return;
-    }
-    if (o.getPosition() != before) servedInterests |= WANT_DATA;  // Perhaps only a part.
-    if (published) {
-      keepUnconfirmed(message, bytes);
-      getTurnEnd().moved(bytes);
-      ++unflushedCount;
-      unflushedSize += bytes;
-      if (unflushedCount % MAX_UNRUNG_MESSAGES == 0) ringPeer();
-      return;
-    }
-    announceRegions();
+    if (publishAtOnce(message, bytes) || failure != nullptr) return;
   }
 
   auto fdState = fds.size() > 0 || sealable ? WaitingMessage::UNSENT : WaitingMessage::NONE;
@@ -123,6 +104,31 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { publishWaiting(); })) {
     fail(kj::mv(*exception));
   }
+}
+
+bool SharedMemoryConnection::publishAtOnce(OutgoingMessage& message, size_t bytes) {
+  // False if it must wait, or the connection is broken.
+  announceRegions();
+  auto& o = *KJ_ASSERT_NONNULL(outbox);
+  uint64_t before = o.getPosition();
+  bool published = false;
+  KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+    published = o.tryPublish(message, 0);
+  })) {
+    fail(kj::mv(*exception));
+    return false;
+  }
+  if (o.getPosition() != before) servedInterests |= WANT_DATA;  // Perhaps only a part.
+  if (published) {
+    keepUnconfirmed(message, bytes);
+    getTurnEnd().moved(bytes);
+    ++unflushedCount;
+    unflushedSize += bytes;
+    if (unflushedCount % MAX_UNRUNG_MESSAGES == 0) ringPeer();
+  } else {
+    announceRegions();
+  }
+  return published;
 }
 
 void SharedMemoryConnection::keepUnconfirmed(OutgoingMessage& message, size_t bytes) {

@@ -54,7 +54,7 @@ void SharedMemoryConnection::writeOffer() {
     writeControl(kj::mv(message));
   } else {
     // With the first messages.
-    addPlain(PlainFrame { {}, kj::mv(message), 0, clock.now() });
+    addPlain(PlainFrame { {}, kj::mv(message), nullptr, 0, clock.now() });
   }
 }
 

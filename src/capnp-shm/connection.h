@@ -77,11 +77,12 @@ private:
     // Of a message, or, if that is null, of a control message.
     kj::Own<OutgoingMessage> message;
     kj::Own<ControlMessage> control;
+    kj::Array<kj::AutoCloseFd> fds;
     size_t bytes;
     kj::TimePoint sendTime;
   };
   struct PlainBatch: public kj::Refcounted {
-    // Frames that leave with one write.
+    // Frames that leave with one write. One with file descriptors leaves by itself.
 
     kj::Vector<PlainFrame> frames;
   };
@@ -271,6 +272,7 @@ private:
   // connection-send.c++ -------------------------------------------------------
 
   void sendMessage(OutgoingMessage& message) override;
+  bool publishAtOnce(OutgoingMessage& message, size_t bytes);
   void publishWaiting();
   void announceRegions();
   bool sendFds(WaitingMessage& message);
