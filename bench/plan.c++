@@ -25,7 +25,7 @@ const kj::StringPtr BRIEF_WINDOW[] = { "twoparty", "copy-spin", "copy-nospin", "
 const kj::StringPtr SHARED[] = { "default", "inplace-spin" };
 const kj::StringPtr ROUND_TRIPS[] = { "cache-line", "eventfd", "socket" };
 const kj::StringPtr WORK[] = { "work", "work-peer" };
-const kj::StringPtr MEMORY[] = { "memcpy", "memset", "handover" };
+const kj::StringPtr MEMORY[] = { "memcpy", "memset", "handover", "handover-turns" };
 
 constexpr uint64_t KIB = 1 << 10;
 constexpr uint64_t MIB = 1 << 20;

@@ -20,6 +20,7 @@ namespace bench {
 namespace {
 
 constexpr uint WORK_STEPS = 3000;  // Of four cycles each.
+constexpr size_t TURNS_BYTES = 4 << 20;  // More than a core's own caches.
 
 void pause() {
 #if __x86_64__ || __i386__
@@ -137,15 +138,17 @@ private:
 class Handover final: public PingPong {
   // One writes a block, the other copies it to memory of its own: what any transport must do
   // whose receiver copies. The lines travel between the caches, there and, to be written again,
-  // back.
+  // back; unless there are so many blocks, used in turn, that meanwhile they left the other's cache.
 
 public:
-  explicit Handover(size_t bytes)
-      : block(kj::heapArray<kj::byte>(bytes)), copy(kj::heapArray<kj::byte>(bytes)) {
-    writeAll(block);
+  Handover(size_t bytes, size_t count)
+      : blocks(kj::heapArray<kj::byte>(bytes * count)), copy(kj::heapArray<kj::byte>(bytes)) {
+    writeAll(blocks);
     writeAll(copy);
   }
   void call() override {
+    block = blocks.slice(begin, begin + copy.size());
+    begin = (begin + copy.size()) % blocks.size();
     memset(block.begin(), 0, block.size());
     signal.call();
   }
@@ -154,7 +157,9 @@ public:
 
 private:
   CacheLine signal;
-  kj::Array<kj::byte> block, copy;
+  kj::Array<kj::byte> blocks, copy;
+  size_t begin = 0;
+  kj::ArrayPtr<kj::byte> block;  // The present one; ordered by the signal.
 };
 
 void work() {
@@ -171,7 +176,10 @@ kj::Own<PingPong> newPingPong(kj::StringPtr transport, size_t bytes) {
   if (transport == "cache-line") return kj::heap<CacheLine>();
   if (transport == "eventfd") return kj::heap<EventFds>();
   if (transport == "socket") return kj::heap<Sockets>();
-  if (transport == "handover") return kj::heap<Handover>(bytes);
+  if (transport == "handover") return kj::heap<Handover>(bytes, 1);
+  if (transport == "handover-turns") {
+    return kj::heap<Handover>(bytes, kj::max(TURNS_BYTES / bytes, size_t(2)));
+  }
   KJ_FAIL_REQUIRE("there is no such limit", transport);
 }
 

@@ -35,6 +35,7 @@ const TransportSpec TRANSPORTS[] = {
   { "memcpy", TransportSpec::RAW },
   { "memset", TransportSpec::RAW },
   { "handover", TransportSpec::RAW },
+  { "handover-turns", TransportSpec::RAW },
   { "work", TransportSpec::RAW },
   { "work-peer", TransportSpec::RAW },
   { "grpc", TransportSpec::PEER },
