@@ -209,10 +209,17 @@ protected:
             exceptions.add(kj::mv(*exception));
           }
           if (phase == Phase::SET_UP && exceptions.size() == 0) {
+            // The helper has mapped our region, or declined, when it answers a call that we made after
+            // we had done so with its own.
             until([&]() {
-              return KJ_ASSERT_NONNULL(end->network.getStats()).outgoing.transport !=
+              return KJ_ASSERT_NONNULL(end->network.getStats()).incoming.transport !=
                   Transport::STARTING;
             });
+            KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
+              wait(root.addRequest().send());
+            })) {
+              exceptions.add(kj::mv(*exception));
+            }
           }
           checkSteady();
         }
