@@ -159,10 +159,11 @@ kj::Promise<kj::Maybe<SharedMemoryConnection::PlainMessage>> SharedMemoryConnect
       -> kj::Maybe<PlainMessage> {
     KJ_IF_MAYBE(f, frame) {
       if (f->words.size() == 0) {
-        // What Cap'n Proto itself says in these cases.
-        KJ_REQUIRE(uint32_t(f->header) < MAX_PLAIN_SEGMENTS, "Message has too many segments.");
-        KJ_FAIL_REQUIRE("Message is too large.  To increase the limit on the receiving end, see "
-            "capnp::ReaderOptions.");
+        uint64_t segments = uint64_t(uint32_t(f->header)) + 1;
+        KJ_REQUIRE(segments <= MAX_PLAIN_SEGMENTS,
+            "peer sent a message of too many segments", segments);
+        KJ_FAIL_REQUIRE("peer sent a message that is too large; to allow larger ones, see "
+            "capnp::ReaderOptions::traversalLimitInWords", receiveOptions.traversalLimitInWords);
       }
       auto reader = kj::heap<capnp::FlatArrayMessageReader>(f->words, receiveOptions);
       return PlainMessage { reader.attach(kj::mv(f->words)), kj::mv(f->fds) };
