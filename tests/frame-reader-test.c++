@@ -2,11 +2,8 @@
 
 #include <capnp-shm/frame-reader.h>
 
-#include <algorithm>
-#include <capnp/serialize.h>
 #include <gtest/gtest.h>
 #include <kj/debug.h>
-#include <kj/io.h>
 #include <random>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -54,44 +51,26 @@ uint64_t valueOf(int counter) {
 
 class FrameReaderTest: public ::testing::Test {
 protected:
-  FrameReaderTest(): io(kj::setupAsyncIo()) {
-    int fds[2];
-    KJ_SYSCALL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));
-    readEnd = fds[0];
-    peer = kj::AutoCloseFd(fds[1]);
-    stream = io.lowLevelProvider->wrapUnixSocketFd(
-        kj::AutoCloseFd(fds[0]), kj::LowLevelAsyncIoProvider::ALREADY_CLOEXEC);
-    reader = kj::heap<FrameReader>(*stream);
-    limits = { 511, 1 << 20, 64, 4, false };
-  }
+  FrameReaderTest(): io(kj::setupAsyncIo()) { connect(); }
   ~FrameReaderTest() noexcept override {}
 
-  void send(const void* data, size_t size, std::vector<int> fds = {}) {
-    iovec part { const_cast<void*>(data), size };
-    msghdr message {};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    alignas(cmsghdr) char control[CMSG_SPACE(16 * sizeof(int))] {};
-    if (!fds.empty()) {
-      message.msg_control = control;
-      message.msg_controllen = CMSG_SPACE(fds.size() * sizeof(int));
-      auto header = CMSG_FIRSTHDR(&message);
-      header->cmsg_level = SOL_SOCKET;
-      header->cmsg_type = SCM_RIGHTS;
-      header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
-      memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
-    }
-    ssize_t n;
-    KJ_SYSCALL(n = sendmsg(peer, &message, MSG_NOSIGNAL));
-    ASSERT_EQ(ssize_t(size), n);
+  void connect() {
+    auto pipe = io.provider->newCapabilityPipe();
+    peer = kj::mv(pipe.ends[0]);
+    stream = kj::mv(pipe.ends[1]);
+    reader = kj::heap<FrameReader>(*stream);
+  }
+
+  void send(kj::ArrayPtr<const kj::byte> bytes, std::vector<int> fds = {}) {
+    peer->writeWithFds(bytes, nullptr, kj::arrayPtr(fds.data(), fds.size())).wait(io.waitScope);
   }
   void send(const Words& words, std::vector<int> fds = {}) {
-    send(words.data(), words.size() * sizeof(uint64_t), kj::mv(fds));
+    send(kj::arrayPtr(words.data(), words.size()).asBytes(), kj::mv(fds));
   }
 
   size_t leftInSocket() {
     int n = 0;
-    KJ_SYSCALL(ioctl(readEnd, FIONREAD, &n));
+    KJ_SYSCALL(ioctl(KJ_ASSERT_NONNULL(stream->getFd()), FIONREAD, &n));
     return n;
   }
 
@@ -128,11 +107,10 @@ protected:
   }
 
   kj::AsyncIoContext io;
-  int readEnd;
-  kj::AutoCloseFd peer;
+  kj::Own<kj::AsyncCapabilityStream> peer;
   kj::Own<kj::AsyncCapabilityStream> stream;
   kj::Own<FrameReader> reader;
-  FrameReader::Limits limits;
+  FrameReader::Limits limits { 511, 1 << 20, 64, 4, false };
 };
 
 TEST_F(FrameReaderTest, WhatCameAtOnceIsReadAtOnce) {
@@ -219,17 +197,16 @@ TEST_F(FrameReaderTest, WhateverItIsCutInto) {
   // At each place, the rest coming only when the beginning was read.
   auto all = frameOf({ 2 }) + frameOf({ 1, 2, 3 }) + Words { BELL } + frameOf({ 0 }) +
       frameOf({ 1, 70, 1, 1 });
-  auto bytes = kj::arrayPtr(reinterpret_cast<const kj::byte*>(all.data()),
-      all.size() * sizeof(uint64_t));
+  auto bytes = kj::arrayPtr(all.data(), all.size()).asBytes();
   for (size_t ahead: { 1, 2, 5, 64, 512 }) {
     limits.aheadWords = ahead;
     for (size_t cut = 1; cut < bytes.size(); cut++) {
-      send(bytes.begin(), cut);
+      send(bytes.slice(0, cut));
       auto promise = reader->next(limits).then([&](kj::Maybe<FrameReader::Frame>&& frame) {
         EXPECT_EQ(3u, KJ_ASSERT_NONNULL(frame).words.size());
       }).eagerlyEvaluate(nullptr);
       EXPECT_EQ(cut >= 24, promise.poll(io.waitScope)) << cut;
-      send(bytes.begin() + cut, bytes.size() - cut);
+      send(bytes.slice(cut, bytes.size()));
       promise.wait(io.waitScope);
       expect(frameOf({ 1, 2, 3 }));
       expectBell();
@@ -297,7 +274,8 @@ TEST_F(FrameReaderTest, AnyFramesInAnyPieces) {
       size_t sent = 0;
       while (sent < piece.bytes.size()) {
         size_t n = kj::min(piece.bytes.size() - sent, 1 + below(below(3) == 0 ? 4000 : 100));
-        send(piece.bytes.data() + sent, n, sent == 0 ? piece.fds : std::vector<int>());
+        send(kj::arrayPtr(piece.bytes.data() + sent, n),
+            sent == 0 ? piece.fds : std::vector<int>());
         sent += n;
         // Before the socket is full.
         if ((++unread == 20 || below(2) == 0) && pending.poll(io.waitScope)) {
@@ -331,7 +309,7 @@ TEST_F(FrameReaderTest, LargerOnesThanAllowedAreNotRead) {
     limits.words = c.words;
     limits.segments = c.segments;
     // Not even the header need be whole.
-    send(c.header.data(), kj::min(c.header.size(), size_t(2)) * sizeof(uint64_t));
+    send(kj::arrayPtr(c.header.data(), kj::min(c.header.size(), size_t(2))).asBytes());
     auto frame = next();
     EXPECT_EQ(c.header[0], KJ_ASSERT_NONNULL(frame).header);
     EXPECT_EQ(0u, KJ_ASSERT_NONNULL(frame).words.size());
@@ -356,13 +334,9 @@ TEST_F(FrameReaderTest, EndWithinAFrame) {
   auto frame = frameOf({ 1 }) + frameOf({ 1, 70, 1 });
   for (size_t bytes: { 17, 23, 24, 31, 32, 33, 100, 600 }) {
     SCOPED_TRACE(bytes);
-    int fds[2];
-    KJ_SYSCALL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));
-    peer = kj::AutoCloseFd(fds[1]);
-    stream = io.lowLevelProvider->wrapUnixSocketFd(
-        kj::AutoCloseFd(fds[0]), kj::LowLevelAsyncIoProvider::ALREADY_CLOEXEC);
-    reader = kj::heap<FrameReader>(*stream);
-    send(frame.data(), bytes);
+    reader = nullptr;
+    connect();
+    send(kj::arrayPtr(frame.data(), frame.size()).asBytes().slice(0, bytes));
     peer = nullptr;
     expect(frameOf({ 1 }));
     expectCutOff();

@@ -46,13 +46,6 @@ FrameSize measure(capnp::MessageReader& message) {
   return { words, (segments / 2 + 1 + words) * sizeof(word) };
 }
 
-kj::Array<kj::AutoCloseFd> moveFirst(kj::ArrayPtr<kj::AutoCloseFd> fds, size_t count) {
-  if (count == 0) return nullptr;
-  auto result = kj::heapArrayBuilder<kj::AutoCloseFd>(count);
-  for (size_t i = 0; i < count; i++) result.add(kj::mv(fds[i]));
-  return result.finish();
-}
-
 class PlainIncomingMessage final: public capnp::IncomingRpcMessage {
   // A message that came as a plain frame.
 

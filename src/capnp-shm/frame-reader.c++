@@ -18,6 +18,13 @@ kj::Exception endedWithin() {
 
 }  // namespace
 
+kj::Array<kj::AutoCloseFd> moveFirst(kj::ArrayPtr<kj::AutoCloseFd> space, size_t count) {
+  if (count == 0) return nullptr;
+  auto result = kj::heapArrayBuilder<kj::AutoCloseFd>(count);
+  for (size_t i = 0; i < count; i++) result.add(kj::mv(space[i]));
+  return result.finish();
+}
+
 kj::Promise<kj::Maybe<FrameReader::Frame>> FrameReader::next(Limits limits) {
   if (isEmpty()) return readAhead(limits);
   size_t available = (end - begin) / sizeof(word);
@@ -111,12 +118,8 @@ kj::Promise<kj::Maybe<FrameReader::Frame>> FrameReader::readRest(Frame&& frame, 
 }
 
 void FrameReader::moveFds(Frame& frame) {
-  if (fdCount > 0) {
-    auto fds = kj::heapArrayBuilder<kj::AutoCloseFd>(fdCount);
-    for (size_t i = 0; i < fdCount; i++) fds.add(kj::mv(fdSpace[i]));
-    fdCount = 0;
-    frame.fds = fds.finish();
-  }
+  frame.fds = moveFirst(fdSpace, fdCount);
+  fdCount = 0;
   frame.fdStream = kj::mv(fdStream);
 }
 

@@ -4,6 +4,7 @@
 
 #include <capnp/common.h>
 #include <kj/async-io.h>
+#include <kj/io.h>
 
 namespace capnpshm {
 
@@ -12,6 +13,9 @@ using kj::uint;
 constexpr uint64_t BELL = ~uint64_t(0);
 // What is sent on the socket to wake the peer. As the first word of a frame it would announce 2^32
 // segments, so it cannot be one.
+
+kj::Array<kj::AutoCloseFd> moveFirst(kj::ArrayPtr<kj::AutoCloseFd> space, size_t count);
+// The `count` file descriptors that were received into `space`.
 
 class FrameReader {
   // Takes frames from a connection's socket, and reads ahead: what the peer has sent at once costs
