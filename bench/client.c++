@@ -190,6 +190,7 @@ const Case CASES[] = {
   { "stream", &stream },
   { "stream_rw", &stream },
   { "held", &held },
+  { "beside_busy", &besideBusy },
   { "connections", &connections },
   { "connections_busy", &connectionsBusy },
   { "connect", &connectTime },

@@ -178,7 +178,7 @@ private:
 typedef void CaseFunction(Session& session, Task::Reader task, Figures& figures);
 
 // The cases; see the driver's list for what calls them.
-CaseFunction smallCall, idleGap, window;
+CaseFunction smallCall, idleGap, besideBusy, window;
 CaseFunction param, firstParam, result, stream, held;
 CaseFunction connections, connectionsBusy, connectTime, idleMemory, idle, pages;
 CaseFunction rawLimit, peerCall;

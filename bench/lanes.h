@@ -30,6 +30,12 @@ public:
     slice.stop();
   }
 
+  kj::Promise<void> goOn() {
+    // As long as the result lives.
+    more = [](uint64_t) { return true; };
+    return all().eagerlyEvaluate(nullptr);
+  }
+
 private:
   static constexpr uint WARM_UP_TURNS = 4;
 

@@ -59,6 +59,19 @@ void idleGap(Session& session, Task::Reader task, Figures& figures) {
   slice.report(figures);
 }
 
+void besideBusy(Session& session, Task::Reader task, Figures& figures) {
+  // What those wait for who call now and then, while another connection is never idle.
+  session.openConnections(2);
+  Lanes lanes(session);
+  for (uint i = 0; i < task.getWindow(); i++) lanes.add(session.targetAt(1));
+  Pause pause(session.io, task.getGapMicroseconds());
+  Slice slice(session, task);
+  auto busy = lanes.goOn();
+  slice.run([&]() { session.echo(session.target()).wait(session.waitScope()); }, pause);
+  // CPU and system calls are the others'.
+  slice.reportLatencies(figures);
+}
+
 void window(Session& session, Task::Reader task, Figures& figures) {
   Lanes lanes(session);
   for (uint i = 0; i < task.getWindow(); i++) lanes.add(session.target());

@@ -51,6 +51,7 @@ public:
     add("stream", MAIN, payload(64 * KIB));
     add("stream_rw", MAIN, payload(64 * KIB));
     add("held", FEW, payload(4 * KIB));
+    addBesideBusy();
     addConnections();
     add("one_core", MAIN).environment = Job::ONE_CORE;
     addLoaded();
@@ -145,6 +146,19 @@ private:
     }
     if (caseName == "param") return { 1 * KIB, 16 * KIB, 64 * KIB, 1 * MIB, 16 * MIB };
     return { 64 * KIB, 1 * MIB };
+  }
+
+  void addBesideBusy() {
+    for (uint size: { 1, 16 }) {
+      if (brief && size > 1) continue;
+      Parameters parameters;
+      parameters.window = size;
+      parameters.gapMicroseconds = 2000;
+      auto& job = add("beside_busy", FEW, parameters);
+      job.seconds = brief ? 0.1 : 0.8;  // For a percentile of calls with such gaps.
+      if (brief) job.rounds = 2;
+      job.countSystemCalls = false;
+    }
   }
 
   void addConnections() {

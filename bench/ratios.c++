@@ -102,6 +102,7 @@ std::vector<Comparison> findSlower(const std::vector<kj::Own<Row>>& rows) {
         continue;
       }
       compare("p50_us", false, *base, *ours, slower);
+      compare("p99_us", false, *base, *ours, slower);
       compare("cpu_us_per_call", false, *base, *ours, slower);
       // With pauses between the calls the rate says nothing.
       if (ours->caseName != "idle_gap") compare("calls_per_s", true, *base, *ours, slower);
