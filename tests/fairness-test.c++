@@ -1,8 +1,8 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
-#include "conformance-fixture.h"
+#include "conformance-raw.h"
 
-#include <capnp/rpc.capnp.h>
+#include <algorithm>
 #include <atomic>
 #include <fcntl.h>
 #include <string.h>
@@ -10,13 +10,12 @@
 #include <unistd.h>
 
 // While one connection is never quiet, everybody else on the same event loop goes on: a timer, calls
-// from other threads, a plain connection, and twenty more in shared memory.
+// from other threads, a plain connection, and twenty more in shared memory. And connections that
+// are all busy, or one that sleeps beside one that is, are served alike.
 
 namespace capnpshm {
 namespace conformance {
 namespace {
-
-using Connection = capnp::TwoPartyVatNetworkBase::Connection;
 
 constexpr uint OTHERS = 20;
 constexpr uint ENOUGH = SLOW ? 3 : 10;
@@ -41,14 +40,21 @@ struct Case {
   Load load;
 };
 
-std::vector<Case> allCases() {
-  std::vector<Case> result;
+std::vector<Mode> sharedModes() {
+  std::vector<Mode> result;
   for (auto& mode: allModes()) {
     for (auto name: { "Untrusted", "DropIn", "TrustedPort", "TrustedNoPort" }) {
-      if (strcmp(mode.name, name) != 0) continue;
-      for (auto load: { Load::PING_PONG, Load::FLOOD, Load::BULK, Load::WE_PING_PONG }) {
-        result.push_back({ mode, load });
-      }
+      if (strcmp(mode.name, name) == 0) result.push_back(mode);
+    }
+  }
+  return result;
+}
+
+std::vector<Case> allCases() {
+  std::vector<Case> result;
+  for (auto& mode: sharedModes()) {
+    for (auto load: { Load::PING_PONG, Load::FLOOD, Load::BULK, Load::WE_PING_PONG }) {
+      result.push_back({ mode, load });
     }
   }
   return result;
@@ -322,6 +328,145 @@ TEST_P(Fairness, OthersGoOnWhileOneConnectionIsNeverQuiet) {
   } else {
     busyEnd->network.onDisconnect().wait(io.waitScope);
   }
+}
+
+// =======================================================================================
+// Shares
+
+class EqualShares: public testing::TestWithParam<Mode> {
+  // Some connections between this loop and that of a server thread.
+
+protected:
+  EqualShares(): io(kj::setupAsyncIo()) {}
+  ~EqualShares() noexcept override {}
+
+  void connect(uint count) {
+    for (uint i = 0; i < count; i++) sockets.add();
+    thread = kj::heap<kj::Thread>([this]() {
+      auto io = kj::setupAsyncIo();
+      ServerState state;
+      kj::Vector<kj::Own<End>> ends;
+      kj::Vector<kj::Promise<void>> disconnects;
+      for (auto& pair: sockets) {
+        ends.add(newEnd(GetParam().server, io, pair.there));
+        ends.back()->start(capnp::Capability::Client(kj::heap<RootImpl>(state)));
+        disconnects.add(ends.back()->network.onDisconnect());
+      }
+      kj::joinPromises(disconnects.releaseAsArray()).wait(io.waitScope);
+    });
+    for (auto& pair: sockets) {
+      ends.add(newEnd(GetParam().client, io, pair.here));
+      ends.back()->start(nullptr);
+      roots.add(ends.back()->root());
+      for (uint i = 0; i < 3; i++) roots.back().sequenceRequest().send().wait(io.waitScope);
+      ends.back()->expectTransport(Transport::SHARED_MEMORY);
+    }
+    calls = kj::heapArray<uint64_t>(count);
+    for (auto& n: calls) n = 0;
+  }
+
+  kj::Promise<void> callOn(uint connection) {
+    // One call after the other, and counts them.
+    if (stop) return kj::READY_NOW;
+    return roots[connection].sequenceRequest().send().ignoreResult().then([this, connection]() {
+      ++calls[connection];
+      if (++total == enough) stop = true;
+      return callOn(connection);
+    });
+  }
+
+  kj::AsyncIoContext io;
+  kj::Vector<Sockets> sockets;
+  kj::Own<kj::Thread> thread;
+  kj::Vector<kj::Own<End>> ends;
+  kj::Vector<Root::Client> roots;
+  kj::Array<uint64_t> calls;
+  uint64_t total = 0, enough = kj::maxValue;
+  bool stop = false;
+};
+
+INSTANTIATE_TEST_SUITE_P(Modes, EqualShares, testing::ValuesIn(sharedModes()), modeName);
+
+TEST_P(EqualShares, ForManyThatAreBusy) {
+  // With one call in flight each. Those that happen to be awake must not have it all.
+  constexpr uint COUNT = 40;
+  connect(COUNT);
+  enough = COUNT * (SLOW ? 50 : 300);
+  kj::Vector<kj::Promise<void>> work;
+  for (uint i = 0; i < COUNT; i++) work.add(callOn(i));
+  kj::joinPromises(work.releaseAsArray()).wait(io.waitScope);
+  for (uint i = 0; i < COUNT; i++) EXPECT_GE(calls[i], enough / COUNT / 2) << i;
+}
+
+TEST_P(EqualShares, ForOneThatSleepsBesideABusyOne) {
+  // What counts is how many calls the busy one makes meanwhile.
+  connect(2);
+  auto busy = callOn(1).eagerlyEvaluate(nullptr);
+  std::vector<uint64_t> between;
+  auto& timer = io.provider->getTimer();
+  for (uint i = 0; i < 51; i++) {
+    // Long enough for both ends of this one to go to sleep.
+    uint64_t before = calls[1];
+    while (calls[1] < before + 1000) timer.afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
+    before = calls[1];
+    roots[0].sequenceRequest().send().wait(io.waitScope);
+    between.push_back(calls[1] - before);
+  }
+  stop = true;
+  busy.wait(io.waitScope);
+  std::sort(between.begin(), between.end());
+  EXPECT_LE(between[between.size() / 2], 50u);
+}
+
+class FloodTurns: public RawConformance {};
+
+INSTANTIATE_TEST_SUITE_P(Modes, FloodTurns, testing::ValuesIn(sharedModes()), modeName);
+
+TEST_P(FloodTurns, LeaveOthersTheirs) {
+  // However much of one connection is there to be taken.
+  constexpr uint BURST = 100;
+  constexpr uint A_TURN = 64;
+  auto flood = connectRaw(), other = connectRaw();
+  settle(*flood);
+  settle(*other);
+  uint taken = 0;
+  kj::Function<void()> onTaken = []() {};
+  kj::Function<kj::Promise<void>()> drain = [&]() -> kj::Promise<void> {
+    if (taken == BURST) return kj::READY_NOW;
+    return flood->server->receiveIncomingMessage().then([&](kj::Maybe<Incoming>&& message) {
+      KJ_ASSERT(message != nullptr);
+      ++taken;
+      onTaken();
+      return drain();
+    });
+  };
+  auto fill = [&]() {
+    taken = 0;
+    for (uint i = 0; i < BURST; i++) sendMessage(*flood->client, i, 8);
+  };
+  for (uint i = 0; i < 10; i++) {
+    // Until all of it finds room in shared memory at once.
+    fill();
+    await(drain());
+  }
+  auto heapWaits = [&]() {
+    return KJ_ASSERT_NONNULL(flood->link.client->network.getStats()).heapWaits;
+  };
+  auto before = heapWaits();
+  fill();
+  ASSERT_EQ(before, heapWaits());
+
+  uint foundAt = 0;
+  auto received = receive(*other->server).then([&](kj::Maybe<Incoming>&&) {
+    foundAt = taken;
+  }).eagerlyEvaluate(nullptr);
+  onTaken = [&]() {
+    if (taken == 10) sendMessage(*other->client, 1, 8);
+  };
+  await(drain());
+  await(kj::mv(received));
+  EXPECT_GE(foundAt, 10u);
+  EXPECT_LE(foundAt, 10 + A_TURN + 1);
 }
 
 }  // namespace

@@ -342,6 +342,21 @@ TEST(Setup, BellSocketWakes) {
   }
 }
 
+TEST(Setup, WhoSendsIsAwake) {
+  // And says so, since it will look for the answer, which then needs no bell.
+  HandMadePeer peer;
+  peer.upgrade();
+  auto& header = *reinterpret_cast<const RegionHeader*>(
+      KJ_ASSERT_NONNULL(peer.peerMemory).bytes().begin());
+  uint64_t before = header.sleepWord.load();
+  ASSERT_NE(0u, before & WANT_DATA);
+  peer.send(8);
+  peer.settle();
+  uint64_t after = header.sleepWord.load();
+  EXPECT_EQ(2u, (after >> SLEEP_EPOCH_SHIFT) - (before >> SLEEP_EPOCH_SHIFT));
+  EXPECT_NE(0u, after & WANT_DATA) << "asleep again";
+}
+
 TEST(HostilePeer, SecondEndIsRefused) {
   HandMadePeer peer;
   peer.upgrade();

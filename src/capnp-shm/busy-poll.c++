@@ -11,8 +11,6 @@ namespace capnpshm {
 
 namespace {
 
-constexpr uint ROUNDS_PER_LOOK_AT_CLOCK = 8;
-
 thread_local TurnEnd* currentTurnEnd = nullptr;
 // Owns nothing; set and cleared by the instance itself. An event loop cannot be asked for what
 // belongs to it before Cap'n Proto 2 (EventLoopLocal).
@@ -51,21 +49,96 @@ kj::Own<TurnEnd> TurnEnd::forThisLoop() {
 
 TurnEnd::TurnEnd()
     : severalCpus(hasSeveralCpus()), answers(ANSWER_TRIAL), requests(REQUEST_TRIAL),
-      looks(LOOKS_TRIAL), socketLooks(LONGEST_SOCKET_LOOKS) {
+      answerLooks(LOOKS_TRIAL), requestLooks(LOOKS_TRIAL), socketLooks(LONGEST_SOCKET_LOOKS) {
   currentTurnEnd = this;
 }
 
 TurnEnd::~TurnEnd() noexcept(false) { currentTurnEnd = nullptr; }
 
+TurnEnd::Crowd::~Crowd() noexcept(false) {}
+
+void TurnEnd::Crowd::add(Member& member, const SharedWord* word) {
+  member.crowd = this;
+  member.index = entries.size();
+  // Relaxed, here and in poll(): only a hint. Before the first change poll() is asked, after this
+  // load, and after each; it orders what it finds.
+  uint64_t value = word == nullptr ? 0 : word->load(std::memory_order_relaxed);
+  bool expectsAnswer = member.expectsAnswer();
+  spinNanoseconds = kj::max(entries.empty() ? 0 : spinNanoseconds, member.spinNanoseconds);
+  answersExpected += expectsAnswer;
+  entries.add(Entry { &member, word, value, false, expectsAnswer });
+}
+
+void TurnEnd::Crowd::remove(Member& member) {
+  answersExpected -= entries[member.index].expectsAnswer;
+  auto& last = entries.back();
+  last.member->index = member.index;
+  entries[member.index] = last;
+  entries.removeLast();
+  member.crowd = nullptr;
+}
+
+void TurnEnd::Crowd::moveTo(kj::Vector<Member*>& target) {
+  for (auto& entry: entries) {
+    entry.member->crowd = nullptr;
+    target.add(entry.member);
+  }
+  entries.clear();
+  answersExpected = 0;
+}
+
+inline bool TurnEnd::Crowd::poll(Entry& entry) {
+  if (entry.asked && entry.word != nullptr &&
+      entry.word->load(std::memory_order_relaxed) == entry.value) {
+    return false;
+  }
+  entry.asked = true;
+  return entry.member->poll();
+}
+
+void TurnEnd::Crowd::moveReadyTo(kj::Vector<Member*>& target, uint most) {
+  size_t count = 0;
+  for (size_t i = 0; i < entries.size(); i++) {
+    auto& entry = entries[i];
+    if (most > 0 && poll(entry)) {
+      entry.member->crowd = nullptr;
+      target.add(entry.member);
+      answersExpected -= entry.expectsAnswer;
+      --most;
+      continue;
+    }
+    if (count < i) {
+      entry.member->index = count;
+      entries[count] = entry;
+    }
+    ++count;
+  }
+  entries.truncate(count);
+}
+
+void TurnEnd::Crowd::moveReadyTo(kj::Vector<Member*>& target, size_t& index, size_t count) {
+  for (count = kj::min(count, entries.size()); count > 0; count--) {
+    if (index >= entries.size()) index = 0;
+    auto& entry = entries[index];
+    if (poll(entry)) {
+      target.add(entry.member);
+      remove(*entry.member);
+    } else {
+      ++index;
+    }
+  }
+}
+
 TurnEnd::Member::~Member() noexcept(false) {
-  if (listed) turnEnd->members.remove(*this);
+  if (crowd != nullptr) crowd->remove(*this);
 }
 
 void TurnEnd::Member::active() {
-  if (listed) return;
-  listed = true;
-  turnEnd->members.add(*this);
-  if (turnEnd->pending == nullptr) turnEnd->schedule();
+  auto& t = *turnEnd;
+  if (crowd == &t.active) return;
+  if (crowd != nullptr) crowd->remove(*this);
+  t.active.add(*this);
+  if (t.pending == nullptr) t.schedule();
 }
 
 void TurnEnd::schedule() {
@@ -93,75 +166,89 @@ void TurnEnd::run() {
   pending = nullptr;
   KJ_DEFER(finished = kj::mv(running));
 
-  batch.resize(0);
-  for (auto& member: members) batch.add(&member);
-  for (auto member: batch) {
-    members.remove(*member);
-    member->listed = false;
+  flush();
+  bool found = poll() || !active.empty();
+  if (!found) {
+    chooseBudget();
+    found = !awake.empty() && lookCount == 0 && (spin() || prepare());
   }
-
-  for (auto member: batch) member->flush();
-  if (lookCount > 0 && (messagesSincePort > 0 || bytesThisTurn > 0)) {
-    lookBudget->hit(now() - lookingSince);
-    lookCount = 0;
-  }
-
-  // Those who wait for something come first, up to a number that keeps a round of looking short.
-  size_t spinners = 0;
-  longestSpin = 0;
-  budget = &requests;
-  if (bytesThisTurn >= MANY_BYTES) {
-    uint64_t time = bytesThisTurn / BYTES_PER_NANOSECOND;
-    if (time <= MAX_MOVING_NANOSECONDS) busyUntil = now() + time;
-  }
-  bytesThisTurn = 0;
-  for (size_t i = 0; i < batch.size() && spinners < MAX_SPINNERS; i++) {
-    if (batch[i]->isWaiting()) {
-      if (severalCpus) longestSpin = kj::max(longestSpin, batch[i]->spinNanoseconds);
-      if (batch[i]->expectsAnswer()) budget = &answers;
-      std::swap(batch[i], batch[spinners++]);
-    }
-  }
-
-  size_t lookers = spinners;
-  bool socketAnswer = false;
-  for (size_t i = spinners; i < batch.size() && lookers < MAX_SPINNERS; i++) {
-    if (batch[i]->awaitsSocket()) {
-      if (batch[i]->expectsAnswer()) socketAnswer = true;
-      std::swap(batch[i], batch[lookers++]);
-    }
-  }
-
-  auto polled = batch.slice(0, spinners);
-  auto awake = batch.slice(0, lookers);
-  bool found = spinners > 0 &&
-      (poll(polled) || (lookCount == 0 && (spin(polled) || prepare(polled))));
-  if (found || (lookers > 0 && lookAtPort(socketAnswer))) {
-    // Those that found something have announced themselves for the next end of turn, and come
-    // first there. The others stay awake for now.
-    for (auto member: awake) member->active();
+  if (found || lookAtPort()) {
+    if (turns % TURNS_BETWEEN_DISMISSALS == 0) dismissIdle();
   } else {
     lookCount = 0;
-    for (auto member: awake) member->sleep();
+    batch.clear();
+    awake.moveTo(batch);
+    atSocket.moveTo(batch);
+    for (auto member: batch) putToSleep(*member);
   }
-  for (auto member: batch.slice(lookers, batch.size())) member->sleep();
 
   if (pending == nullptr) asleepSince = now();
 }
 
-bool TurnEnd::poll(kj::ArrayPtr<Member*> spinners) {
-  bool result = false;
-  for (auto member: spinners) {
-    if (member->poll()) {
-      member->active();
-      member->proceed();
-      result = true;
+void TurnEnd::flush() {
+  // Does what is left to do of this turn, and begins the next.
+  batch.clear();
+  active.moveTo(batch);
+  for (auto member: batch) member->flush();
+  ++turns;
+
+  if (lookCount > 0 && (messagesSincePort > 0 || bytesThisTurn > 0)) {
+    lookBudget->hit(now() - lookingSince);
+    lookCount = 0;
+  }
+  if (bytesThisTurn >= MANY_BYTES) {
+    uint64_t time = bytesThisTurn / BYTES_PER_NANOSECOND;
+    if (time <= MAX_MOVING_NANOSECONDS) busyUntil = now() + time;
+  }
+  messagesThisTurn = 0;
+  bytesThisTurn = 0;
+
+  for (auto member: batch) {
+    member->lastActive = turns;
+    if (member->crowd != nullptr) continue;  // Active again already.
+    if (member->isWaiting()) {
+      awake.add(*member, member->watch());
+    } else if (member->awaitsSocket()) {
+      atSocket.add(*member);
+    } else {
+      putToSleep(*member);
     }
   }
-  return result;
 }
 
-bool TurnEnd::spin(kj::ArrayPtr<Member*> spinners) {
+bool TurnEnd::poll() {
+  batch.clear();
+  // Only some of those that have something, so that their peers need not wait for all. The others
+  // come before them next time.
+  awake.moveReadyTo(batch, MAX_MESSAGES_A_TURN);
+  asleep.moveReadyTo(batch, nextSleeper, OTHERS_A_LOOK);
+  return proceed();
+}
+
+bool TurnEnd::pollSome() {
+  // Those who will most probably have something, and some of the others.
+  batch.clear();
+  size_t last = awake.size() - kj::min(awake.size(), LATELY);
+  awake.moveReadyTo(batch, last, LATELY);
+  if (awake.size() > LATELY) awake.moveReadyTo(batch, nextAwake, OTHERS_A_LOOK);
+  asleep.moveReadyTo(batch, nextSleeper, OTHERS_A_LOOK);
+  return proceed();
+}
+
+inline bool TurnEnd::proceed() {
+  for (auto member: batch) {
+    member->active();
+    member->proceed();
+  }
+  return !batch.empty();
+}
+
+void TurnEnd::chooseBudget() {
+  budget = awake.expectsAnswer() ? &answers : &requests;
+  longestSpin = severalCpus && !awake.empty() ? awake.getSpinNanoseconds() : 0;
+}
+
+bool TurnEnd::spin() {
   uint64_t allowed = budget->next(longestSpin);
   if (allowed == 0) return false;
 
@@ -171,13 +258,14 @@ bool TurnEnd::spin(kj::ArrayPtr<Member*> spinners) {
   do {
     for (uint i = 0; i < ROUNDS_PER_LOOK_AT_CLOCK; i++) {
       pause();
-      if (poll(spinners)) {
+      if (pollSome()) {
         elapsed = now() - start;
         budget->hit(elapsed - kj::min(elapsed, busy));
         lookAtClock();
         return true;
       }
-      for (auto member: spinners) member->prepare();
+      // One of them, since the next look is what matters.
+      prepareOne();
     }
     elapsed = now() - start;
   } while (elapsed < allowed + busy);
@@ -185,21 +273,33 @@ bool TurnEnd::spin(kj::ArrayPtr<Member*> spinners) {
   return false;
 }
 
-bool TurnEnd::prepare(kj::ArrayPtr<Member*> spinners) {
+bool TurnEnd::prepare() {
   // What is left of it, before going to sleep. True if something was found meanwhile.
-  for (uint i = 0; i < MAX_PREPARATIONS; i++) {
-    bool more = false;
-    for (auto member: spinners) more = member->prepare() || more;
-    if (!more) return false;
-    if (poll(spinners)) return true;
+  uint prepared = 0;  // In a row.
+  for (uint i = 0; i < MAX_PREPARATIONS && prepared < kj::min(awake.size(), LATELY); i++) {
+    if (prepareOne()) {
+      prepared = 0;
+      if (pollSome()) return true;
+    } else {
+      ++prepared;
+    }
   }
   return false;
 }
 
-bool TurnEnd::lookAtPort(bool forSocketAnswer) {
+inline bool TurnEnd::prepareOne() {
+  // Each of the last few in turn.
+  if (awake.empty()) return false;
+  if (nextToPrepare >= kj::min(awake.size(), LATELY)) nextToPrepare = 0;
+  return awake[awake.size() - ++nextToPrepare].prepare();
+}
+
+bool TurnEnd::lookAtPort() {
   // Looks at the port before going to sleep, if there are looks left; run() comes after it.
+  if (awake.empty() && atSocket.empty()) return false;
   if (lookCount == 0) {
-    lookBudget = forSocketAnswer ? &socketLooks : &looks;
+    lookBudget = atSocket.expectsAnswer() ? &socketLooks :
+        awake.expectsAnswer() ? &answerLooks : &requestLooks;
     if (!severalCpus || lookBudget->next(LONGEST_SOCKET_LOOKS) == 0) return false;
     lookingSince = now();
   } else if (hasLookedEnough()) {
@@ -207,13 +307,33 @@ bool TurnEnd::lookAtPort(bool forSocketAnswer) {
     return false;
   }
   ++lookCount;
+  ++looksMade;
   runLater(true);
   return true;
 }
 
 bool TurnEnd::hasLookedEnough() {
-  if (lookBudget == &looks && !looks.isTrial()) return lookCount >= LOOKS;
-  return now() - lookingSince >= lookBudget->next(LONGEST_SOCKET_LOOKS);
+  uint64_t elapsed = now() - lookingSince;
+  if (lookBudget != &socketLooks && !lookBudget->isTrial()) {
+    return lookCount >= LOOKS && elapsed >= lookBudget->getAverageHit() * 3 / 2;
+  }
+  return elapsed >= lookBudget->next(LONGEST_SOCKET_LOOKS);
+}
+
+void TurnEnd::putToSleep(Member& member) {
+  if (member.crowd != nullptr) member.crowd->remove(member);
+  member.sleep();
+  // It has found something after all, or else waits now.
+  if (member.crowd == nullptr && member.isWaiting()) asleep.add(member, member.watch());
+}
+
+void TurnEnd::dismissIdle() {
+  uint64_t most = kj::min(MAX_IDLE_TURNS, MAX_IDLE_LOOKS / kj::max(awake.size(), size_t(1)));
+  batch.clear();
+  for (size_t i = 0; i < awake.size(); i++) {
+    if (turns - awake[i].lastActive >= most) batch.add(&awake[i]);
+  }
+  for (auto member: batch) putToSleep(*member);
 }
 
 void TurnEnd::lookAtClock() {
@@ -233,12 +353,11 @@ void TurnEnd::portHasRun() {
 }
 
 kj::Promise<void> TurnEnd::yieldToPort() {
-  portHasRun();
   // A fulfiller for other threads goes through the port. (port.poll() would swallow events of
-  // other threads.)
+  // other threads.) What is counted stays as it is until then, or others could keep the loop from it.
   auto paf = kj::newPromiseAndCrossThreadFulfiller<void>();
   paf.fulfiller->fulfill();
-  return kj::mv(paf.promise);
+  return paf.promise.then([this]() { portHasRun(); });
 }
 
 }  // namespace capnpshm

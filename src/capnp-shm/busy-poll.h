@@ -2,9 +2,9 @@
 
 #pragma once
 
+#include "layout.h"
 #include "spin-budget.h"
 #include <kj/async.h>
-#include <kj/list.h>
 #include <kj/refcount.h>
 #include <kj/vector.h>
 
@@ -15,12 +15,29 @@ using kj::uint;
 class TurnEnd final: public kj::Refcounted {
   // The end-of-turn event of one event loop, shared by all its connections. When the loop has
   // nothing more to do and would go to sleep, each connection that was active wakes its peer if
-  // need be; then, for a bounded time, we look whether an answer comes at once, and do meanwhile
-  // what would only cost time later; if none does we look a few times at the port, where something
-  // may have come for other connections; and then the connections announce that they sleep.
+  // need be; then we look, once at each that is awake, whether something has come for it. If not,
+  // we go on looking for a bounded time, and do meanwhile what would only cost time later; then we
+  // look a few times at the port, where something may have come for others; and then the
+  // connections announce that they sleep.
   //
-  // Invariant: at most one instance a thread at a time; a thread_local pointer, which owns
-  // nothing, finds it. Reference counted by the connections. Belongs to its loop's thread.
+  // All connections get the same: a turn begins with at most one message of each, however many
+  // more are there, and ends when enough was done. So that none depends on the port, which a
+  // loop that is never idle looks at rarely,
+  //
+  // - one that had something stays awake for many turns more: looking at it each time costs
+  //   nanoseconds, a bell and what it takes to find it costs microseconds;
+  // - and of those that sleep a few are looked at each time too, in turn. They have a bell as well.
+  //
+  // Invariants:
+  // - A member is in one crowd at most, and waits for nothing if it is in none.
+  // - If one is active, awake or looks for something on its socket, run() is coming.
+  // - At most one instance a thread at a time; a thread_local pointer, which owns nothing, finds
+  //   it.
+  //
+  // Reference counted by the connections. Belongs to its loop's thread.
+
+private:
+  class Crowd;
 
 public:
   static kj::Own<TurnEnd> forThisLoop();
@@ -56,10 +73,14 @@ public:
 
     virtual bool expectsAnswer() = 0;
     // Whether it waits for the answer to something it sent, rather than for whatever the peer may
-    // want next.
+    // want next. Before that changes active() is called.
 
     virtual bool poll() = 0;
     // Whether what this connection waits for is there. Cheap: called in a tight loop.
+
+    virtual const SharedWord* watch() = 0;
+    // A word that will change before poll() can find anything, so that looking at it is enough as
+    // long as it does not; or null. It is looked at until the next call of active() or sleep().
 
     virtual void proceed() = 0;
     // poll() found something: goes on with it.
@@ -75,15 +96,17 @@ public:
 
   private:
     kj::Own<TurnEnd> turnEnd;
-    uint64_t spinNanoseconds;  // At most; 0 for never.
-    bool listed = false;
-    kj::ListLink<Member> link;
+    uint64_t spinNanoseconds;    // At most; 0 for never.
+    Crowd* crowd = nullptr;      // In which it is,
+    size_t index = 0;            // and where.
+    uint64_t lastActive = 0;     // Turn in which it was.
     friend class TurnEnd;
   };
 
   void count(size_t bytes) {
     // A message of `bytes` was taken, or published after it had waited.
     moved(bytes);
+    ++messagesThisTurn;
     bytesSincePort += bytes;
     if (++messagesSincePort % MESSAGES_PER_LOOK_AT_CLOCK == 0) lookAtClock();
   }
@@ -97,6 +120,13 @@ public:
     (answerExpected ? answers : requests).peerWasAwake();
   }
 
+  bool isLong() const {
+    // Whether so much was done in this turn that it should end, for all to have theirs. (Those that
+    // have something are not found before, nor are their peers woken up.)
+    return messagesThisTurn >= MAX_MESSAGES_A_TURN || bytesThisTurn >= MAX_BYTES_A_TURN ||
+        mustYield();
+  }
+
   bool mustYield() const {
     // Whether so much was done since the loop last looked at its port that it must do that first,
     // or timers, other connections and other threads would starve: the port is never polled while
@@ -108,12 +138,27 @@ public:
   kj::Promise<void> yieldToPort();
   // Resolves after the port has run. Costs about three system calls.
 
+  uint64_t getLooks() const { return looksMade; }
+  // At the port so far, before going to sleep.
+
 private:
   static constexpr uint MAX_MESSAGES_WITHOUT_PORT = 2048;
   static constexpr size_t MAX_BYTES_WITHOUT_PORT = 4 << 20;
   static constexpr uint64_t MAX_NANOSECONDS_WITHOUT_PORT = 4000000;
   static constexpr uint MESSAGES_PER_LOOK_AT_CLOCK = 64;
-  static constexpr uint MAX_SPINNERS = 8;
+  static constexpr uint MAX_MESSAGES_A_TURN = 64;
+  static constexpr size_t MAX_BYTES_A_TURN = 512 << 10;
+  static constexpr uint64_t MAX_IDLE_TURNS = 1024;
+  static constexpr uint64_t MAX_IDLE_LOOKS = 65536;
+  // For how many turns a member stays awake that finds nothing, and for how many looks at all that
+  // do. The former cost about as much as a bell: as in the ski rental problem, twice the best that
+  // could be done at most. The latter keep a round of looking short.
+  static constexpr uint64_t TURNS_BETWEEN_DISMISSALS = 64;
+  static constexpr size_t OTHERS_A_LOOK = 16;
+  // So many of those that sleep, or are awake but were not active lately.
+  static constexpr size_t LATELY = 8;
+  // So many members were.
+  static constexpr uint ROUNDS_PER_LOOK_AT_CLOCK = 8;
 
   static constexpr uint64_t ANSWER_TRIAL = 50000;
   // Two sides that both sleep answer each other too late for a short trial.
@@ -135,25 +180,73 @@ private:
   // lost each other for a tenth of a second now and then.)
   static constexpr uint64_t LOOKS_TRIAL = 30000;
   // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must wait
-  // for it to wake up before both can find each other awake.
+  // for it to wake up before both can find each other awake. And after that again, until the peer has
+  // found out too: so looks go on for somewhat longer than they took lately.
   static constexpr uint64_t LONGEST_SOCKET_LOOKS = 60000;
   // In nanoseconds, if the answer to the first call of a connection is awaited, which comes on its
   // socket. The peer was probably asleep, and has a connection to accept.
 
-  kj::List<Member, &Member::link> members;
+  class Crowd {
+    // Members in the same state, roughly in the order in which they came. To add or remove one takes
+    // constant time. What must be looked at lies close together, since for most members that is all
+    // there is to do, many times.
+
+  public:
+    ~Crowd() noexcept(false);
+    size_t size() const { return entries.size(); }
+    bool empty() const { return entries.empty(); }
+    Member& operator[](size_t index) { return *entries[index].member; }
+    bool expectsAnswer() const { return answersExpected > 0; }
+    // Whether any of them does.
+    uint64_t getSpinNanoseconds() const { return spinNanoseconds; }
+    // The most of any since it was last empty.
+    void add(Member& member, const SharedWord* word = nullptr);
+    void remove(Member& member);               // The last one takes its place.
+    void moveTo(kj::Vector<Member*>& target);  // All, in order.
+    void moveReadyTo(kj::Vector<Member*>& target, uint most);
+    // The first of those for which there is something.
+    void moveReadyTo(kj::Vector<Member*>& target, size_t& index, size_t count);
+    // Likewise, but of so many from `index` on, cyclically; it is then the next one's.
+
+  private:
+    struct Entry {
+      Member* member;
+      const SharedWord* word;  // Null if poll() must be asked,
+      uint64_t value;          // else what it was,
+      bool asked;              // and whether poll() was since.
+      bool expectsAnswer;
+    };
+    kj::Vector<Entry> entries;
+    size_t answersExpected = 0;
+    uint64_t spinNanoseconds = 0;
+
+    bool poll(Entry& entry);
+  };
+
+  Crowd active;                           // Have something to do at the end of this turn.
+  Crowd awake;                            // Are looked at at the end of each turn.
+  Crowd atSocket;                         // Wait for what will come through the port.
+  Crowd asleep;                           // Wait, and have asked their peers for a bell.
+  size_t nextSleeper = 0;                 // To be looked at,
+  size_t nextAwake = 0;                   // between turns.
+  size_t nextToPrepare = 0;               // Of those awake, counted from the last.
+  uint64_t turns = 0;
   kj::Maybe<kj::Promise<void>> pending;   // That will call run().
   kj::Maybe<kj::Promise<void>> finished;  // That called it last.
   kj::Vector<Member*> batch;              // Of run(); kept for its memory.
   bool severalCpus;
   SpinBudget answers;
   SpinBudget requests;
-  SpinBudget looks;
+  SpinBudget answerLooks;
+  SpinBudget requestLooks;
   SpinBudget socketLooks;
-  SpinBudget* lookBudget = &looks;        // One of these two, that of the last looks.
+  SpinBudget* lookBudget = &requestLooks; // One of these three, that of the last looks.
+  uint64_t looksMade = 0;
   uint lookCount = 0;                     // Of looks since there was last anything to do,
   uint64_t lookingSince = 0;              // and when they began.
   SpinBudget* budget = &requests;         // That of the last run(),
   uint64_t longestSpin = 0;               // and what options allowed in it.
+  uint messagesThisTurn = 0;
   size_t bytesThisTurn = 0;
   uint64_t busyUntil = 0;                 // As far as can be told from what was moved.
   uint messagesSincePort = 0;
@@ -165,11 +258,18 @@ private:
   void schedule();
   void runLater(bool afterPort);
   void run();
-  bool poll(kj::ArrayPtr<Member*> spinners);
-  bool spin(kj::ArrayPtr<Member*> spinners);
-  bool prepare(kj::ArrayPtr<Member*> spinners);
-  bool lookAtPort(bool forSocketAnswer);
+  void flush();
+  bool poll();
+  bool pollSome();
+  bool proceed();
+  void chooseBudget();
+  bool spin();
+  bool prepare();
+  bool prepareOne();
+  bool lookAtPort();
   bool hasLookedEnough();
+  void putToSleep(Member& member);
+  void dismissIdle();
   void lookAtClock();
   void portHasRun();
 };

@@ -305,6 +305,7 @@ void SharedMemoryConnection::stayPlain(kj::StringPtr reason) {
   peerSleepWord = nullptr;
   KJ_IF_MAYBE(o, outbox) (*o)->stop();
   KJ_IF_MAYBE(i, inbox) (*i)->close();
+  active();  // What was looked at for us is going.
   inbox = nullptr;
   outbox = nullptr;
   if (options.requireSharedMemory) {

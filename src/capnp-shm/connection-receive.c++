@@ -76,12 +76,9 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
 kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiveShared() {
   if (!isSharing()) return receivePlain();  // The peer has declined meanwhile.
   wake();
-  if (getTurnEnd().mustYield()) {
-    return getTurnEnd().yieldToPort().then([this]() -> kj::Promise<MaybeMessage> {
-      KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
-      return receiveShared();
-    });
-  }
+  // If enough was done in this turn, the next message waits for the next one. (What is left once the
+  // peer has ended is bounded, and nothing will come to wait for.)
+  if (getTurnEnd().isLong() && !ended) return kj::newAdaptedPromise<MaybeMessage, Receiver>(*this);
 
   MaybeMessage message;
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() { message = takeOne(); })) {
@@ -107,6 +104,7 @@ kj::Maybe<kj::Exception> SharedMemoryConnection::endOfDelivery() {
 
 SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
   auto& i = *KJ_ASSERT_NONNULL(inbox);
+  active();  // First, since what is looked at for us may not be there any more afterwards.
   uint64_t copied = i.getCopiedBytes();
   kj::ArrayPtr<SealedFile> sealed;
   if (!fdRecords.empty()) sealed = fdRecords.front().sealed;
@@ -125,14 +123,12 @@ SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
     sharedBytesTaken += bytes;
     getTurnEnd().count(bytes);
     if (i.publishConsumed(false)) servedInterests |= WANT_ROOM;
-    active();
     return kj::Own<capnp::IncomingRpcMessage>(kj::mv(*m));
   }
   if (i.getCopiedBytes() != copied) {
     // Parts of a message are work too, and for the next ones room must be made.
     getTurnEnd().count(i.getCopiedBytes() - copied);
     if (i.publishConsumed(false)) servedInterests |= WANT_ROOM;
-    active();
   }
   return nullptr;
 }

@@ -115,6 +115,8 @@ void SharedMemoryConnection::flush() {
     beginSwitch();
   }
   if (!isSharing() || failure != nullptr || owner.isForked()) return;
+  // We are about to look for what comes, so the peer need not ring; before it hears of what we sent.
+  wake();
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([&]() {
     announceRegions();
     if (isConfirmed() && bellSocketState == UNTRIED && bellsRung >= BELLS_BEFORE_SOCKET) {
@@ -142,6 +144,11 @@ bool SharedMemoryConnection::awaitsSocket() {
 bool SharedMemoryConnection::poll() {
   return (wantsData() && KJ_ASSERT_NONNULL(inbox)->isReady()) ||
       (!waiting.empty() && KJ_ASSERT_NONNULL(outbox)->hasNews());
+}
+
+const SharedWord* SharedMemoryConnection::watch() {
+  if (!wantsData() || !waiting.empty()) return nullptr;
+  return &KJ_ASSERT_NONNULL(inbox)->getNextStamp();
 }
 
 bool SharedMemoryConnection::prepare() {

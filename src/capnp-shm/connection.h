@@ -317,6 +317,7 @@ private:
   bool awaitsSocket() override;
   bool expectsAnswer() override { return unansweredCalls > 0 || !waiting.empty(); }
   bool poll() override;
+  const SharedWord* watch() override;
   bool prepare() override;
   void proceed() override;
   void sleep() override;

@@ -104,6 +104,10 @@ public:
   bool isReady() const { return !held && ring.isReady(); }
   // Whether tryTake() may find something. Not if it waits for file descriptors.
 
+  const SharedWord& getNextStamp() const { return ring.getNextStamp(); }
+  // Which changes before isReady() does, unless file descriptors arrive. Mapped until tryTake() is
+  // called.
+
   kj::Maybe<kj::Own<IncomingMessage>> tryTake(
       bool fdsArrived, kj::ArrayPtr<SealedFile> sealed = nullptr);
   // The next message, if it is there in whole. If file descriptors belong to it, only if

@@ -91,6 +91,9 @@ public:
     return stamp == headStamp(position) || (stamp >> 2) >= position;
   }
 
+  const SharedWord& getNextStamp() const { return line(position).stamp; }
+  // Which changes before isReady() does.
+
   bool tryTake(Descriptor& descriptor);
   // Copies out the next descriptor, if there is one. Throws if the peer wrote a stamp or a head
   // that cannot be.

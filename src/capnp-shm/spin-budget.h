@@ -45,6 +45,8 @@ public:
   bool isTrial() const { return hitsInARow == 0; }
   // Whether the next spin, if there is one, is to find out whether they pay.
 
+  uint64_t getAverageHit() const { return averageHit; }
+
   void hit(uint64_t nanoseconds) {
     // A spin found something after this time.
     if (nanoseconds > PAYING_HIT) {
