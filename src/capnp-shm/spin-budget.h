@@ -27,8 +27,8 @@ class SpinBudget {
   //   after we were not. Trials that fail become rarer, each time by half.
   //
   // An event loop has two of these, since answers and requests come at different times: one that
-  // calls with pauses finds its answers soon and its pauses never. And a third for its looks at the
-  // port.
+  // calls with pauses finds its answers soon and its pauses never. And others, for the same reason,
+  // for its looks at the port.
 
 public:
   explicit SpinBudget(uint64_t longestTrial): longestTrial(longestTrial) {}
