@@ -478,7 +478,7 @@ TEST_F(HostileTest, HonestPeersMeetNoLimit) {
         auto response = await(request.send());
         ASSERT_EQ(data.size(), response.getData().size());
         // Until both sides sleep.
-        io.provider->getTimer().afterDelay(100 * kj::MICROSECONDS).wait(io.waitScope);
+        io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
       }
       auto stats = client.getStats();
       ASSERT_EQ(Transport::SHARED_MEMORY, stats.outgoing.transport);

@@ -342,6 +342,19 @@ TEST(Setup, BellSocketWakes) {
   }
 }
 
+TEST(Setup, BellSocketIsAnsweredByOne) {
+  HandMadePeer peer;
+  peer.takesBellSocket = true;
+  peer.upgrade();
+  BellSocket bell;
+  int fd = bell.takePeersEnd().release();
+  kj::AutoCloseFd own(fd);
+  peer.writeControl([](protocol::Control::Builder control) { control.setBellSocket(); },
+      kj::arrayPtr(&fd, 1));
+  ASSERT_EQ(peer.readControl(), protocol::Control::BELL_SOCKET_TAKEN);
+  EXPECT_EQ(peer.readControl(), protocol::Control::BELL_SOCKET);
+}
+
 TEST(Setup, WhoSendsIsAwake) {
   // And says so, since it will look for the answer, which then needs no bell.
   HandMadePeer peer;

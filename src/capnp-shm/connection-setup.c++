@@ -444,6 +444,9 @@ void SharedMemoryConnection::handleBellSocket(kj::ArrayPtr<kj::AutoCloseFd> fds)
   auto message = kj::heap<ControlMessage>();
   message->get().setBellSocketTaken(taken);
   writeControl(kj::mv(message));
+  // Messages come with pauses, so now and then the peer will have to be woken for an answer. At
+  // once, so that a connection does not go on to need descriptors at any later time.
+  if (taken && bellSocketState == UNTRIED) offerBellSocket();
 }
 
 void SharedMemoryConnection::decline(kj::StringPtr reason) {
