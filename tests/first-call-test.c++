@@ -2,6 +2,7 @@
 
 #include "hand-made-peer.h"
 
+#include <capnp-shm/busy-poll.h>
 #include <kj/function.h>
 
 // That the first call of a connection needs no shared memory, and that nothing after it does
@@ -195,6 +196,29 @@ TEST(FirstCall, PeerThatCallsBackShares) {
   pair.call(*pair.atServer);
   pair.receive(*pair.atClient);
   EXPECT_EQ(1u, pair.regions());
+  pair.expectShared();
+}
+
+TEST(FirstCall, IsFollowedByOnesWhileWeWaitForThePort) {
+  // What reads the socket already, though not at this moment, is the only one that does.
+  Pair pair;
+  for (int i = 0; i < 2; i++) {
+    pair.call(*pair.atClient);
+    pair.receive(*pair.atServer);
+  }
+  pair.answer();
+  pair.receive(*pair.atClient);
+  EXPECT_EQ(0u, pair.regions());
+  auto turnEnd = TurnEnd::forThisLoop();
+  while (!turnEnd->mustYield()) turnEnd->count(0);
+  auto receiving = pair.atClient->receiveIncomingMessage().eagerlyEvaluate(nullptr);
+  kj::evalLater([]() {}).wait(pair.io.waitScope);
+  EXPECT_TRUE(turnEnd->mustYield());
+  pair.call(*pair.atClient);
+  EXPECT_EQ(1u, pair.messagesInSharedMemory());
+  pair.receive(*pair.atServer);
+  pair.answer();
+  receiving.wait(pair.io.waitScope);
   pair.expectShared();
 }
 

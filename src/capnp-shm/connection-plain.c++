@@ -72,15 +72,18 @@ private:
 
 kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receivePlain() {
   if (ended) return MaybeMessage(nullptr);
+  readingPlain = true;
   if (getTurnEnd().mustYield()) {
     // Or a peer that sends all the time would not even get our answer to its offer.
     return getTurnEnd().yieldToPort().then([this]() -> kj::Promise<MaybeMessage> {
+      readingPlain = false;
       KJ_IF_MAYBE(exception, failure) return kj::cp(*exception);
       return receivePlain();
     });
   }
   return readCanceler.wrap(readPlain()).then(
       [this](kj::Maybe<PlainMessage>&& message) -> kj::Promise<MaybeMessage> {
+    readingPlain = false;
     KJ_IF_MAYBE(m, message) {
       auto size = measure(*m->reader);
       getTurnEnd().count(size.wireBytes);
@@ -118,6 +121,7 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
     }
     return plainEnded(nullptr);
   }, [this](kj::Exception&& exception) -> kj::Promise<MaybeMessage> {
+    readingPlain = false;
     if (exception.getType() != kj::Exception::Type::DISCONNECTED) return kj::mv(exception);
     return plainEnded(kj::mv(exception));
   });

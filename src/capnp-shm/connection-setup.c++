@@ -272,7 +272,7 @@ void SharedMemoryConnection::beginSwitch() {
   if (!switchOutgoing()) return;
   // Whether the peer can map our region must not depend on whether the application reads: from here
   // on the answer is awaited. Should a message come instead, it waits for the application.
-  if (readAhead == nullptr && readCanceler.isEmpty()) {
+  if (readAhead == nullptr && !readingPlain) {
     readAhead = receivePlain().eagerlyEvaluate(nullptr);
   }
 }

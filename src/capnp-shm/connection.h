@@ -187,6 +187,8 @@ private:
   kj::Maybe<kj::Own<capnp::MessageStream>> plainStream;
   // Takes the stream over once it is plain for good, behind what `frames` has read ahead.
   kj::Canceler readCanceler;
+  bool readingPlain = false;
+  // Or about to: only one may do so at a time.
   kj::Maybe<kj::Exception> failure;
   // Set once the connection is broken: all further receives fail with it.
   kj::Maybe<Receiver&> receiver;
