@@ -404,6 +404,35 @@ TEST(OutboxInbox, LargeCopiesReuseWarmMemory) {
   EXPECT_NE(first, addressOf(*receive(14))) << "while a message has it, it is that message's";
 }
 
+TEST(OutboxInbox, CopiesDoNotLieJustBehindTheirSources) {
+  // Both map their regions at page borders, so that the offset within a page of what was sent is that
+  // of what was copied.
+  Pair pair { EndOptions() };
+  std::vector<kj::Array<byte>> holes;
+  Random random(1);
+  auto addressOf = [](auto&& body) {
+    auto data = body.template getAs<capnp::List<capnp::Data>>()[0];
+    return reinterpret_cast<uintptr_t>(data.begin());
+  };
+  for (uint64_t i = 0; i < 3000; i++) {
+    auto shape = Shape::ofBytes(i, 4096 + random.below(4096));
+    pair.a.waiting.push_back(pair.a.newMessage(shape));
+    uintptr_t source = addressOf(pair.a.waiting.back().message->getBody());
+    if (!pair.a.publishWaiting()) {
+      pair.handleLetters();
+      ASSERT_TRUE(pair.a.publishWaiting());
+    }
+    auto message = KJ_ASSERT_NONNULL(pair.b.take());
+    ASSERT_TRUE(matches(shape, message->getBody()));
+    uintptr_t distance = (addressOf(message->getBody()) - source) % 4096;
+    ASSERT_TRUE(distance == 0 || distance >= 32) << distance << " of message " << i;
+    pair.b.giveBack();
+    // So that malloc() has something else for the next.
+    if (holes.size() > 100) holes.erase(holes.begin() + random.below(holes.size()));
+    holes.push_back(kj::heapArray<byte>(16 * (1 + random.below(500))));
+  }
+}
+
 }  // namespace
 }  // namespace testing
 }  // namespace capnpshm
