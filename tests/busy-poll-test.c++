@@ -197,6 +197,32 @@ TEST_F(BusyPoll, DoesNotSpinWhereItIsForbiddenOrInVain) {
   }
 }
 
+TEST_F(BusyPoll, SpinsSeldomForPeersOnItsOwnCpuOnly) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no spinning on a single CPU";
+  auto spinsOf = [&](bool sharesCpu, bool otherSharesCpu) {
+    // Of 100 sleeps, of two that wait for ever.
+    turnEnd = nullptr;
+    FakeMember member(log, "a", 50000), other(log, "b", 50000);
+    uint64_t looks = 0;
+    for (auto m: { &member, &other }) m->waiting = m->quiet = true;
+    member.sharesCpu = sharesCpu;
+    other.sharesCpu = otherSharesCpu;
+    member.isThere = [&]() { ++looks; return false; };
+    uint spins = 0;
+    for (uint i = 0; i < 100; i++) {
+      looks = 0;
+      member.active();
+      other.active();
+      turn();
+      spins += looks > 1;
+    }
+    return spins;
+  };
+  uint usual = spinsOf(false, false);
+  EXPECT_LT(spinsOf(true, true), usual);
+  EXPECT_EQ(usual, spinsOf(true, false));
+}
+
 TEST_F(BusyPoll, PreparesWhileThereIsTime) {
   // Without a spin, before going to sleep.
   FakeMember a(log, "a"), b(log, "b");

@@ -22,8 +22,9 @@ TEST(Layout, RegionHeader) {
   auto& header = *reinterpret_cast<RegionHeader*>(memory);
   SharedWord* words[] = {
     &header.magic, &header.version, &header.regionBytes, &header.ringOffset, &header.ringLines,
-    &header.freeOffset, &header.freeEntries, &header.sleepWord, &header.consumed, &header.freed };
-  size_t offsets[] = { 0, 8, 16, 24, 32, 40, 48, 128, 256, 384 };
+    &header.freeOffset, &header.freeEntries, &header.sleepWord, &header.cpu,
+    &header.consumed, &header.freed };
+  size_t offsets[] = { 0, 8, 16, 24, 32, 40, 48, 128, 136, 256, 384 };
   for (size_t i = 0; i < kj::size(words); i++) {
     words[i]->store(0x0102030405060708 + i);
     uint64_t seen;

@@ -4,6 +4,7 @@
 
 #include <capnp-shm/bell-socket.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -368,6 +369,25 @@ TEST(Setup, WhoSendsIsAwake) {
   uint64_t after = header.sleepWord.load();
   EXPECT_EQ(2u, (after >> SLEEP_EPOCH_SHIFT) - (before >> SLEEP_EPOCH_SHIFT));
   EXPECT_NE(0u, after & WANT_DATA) << "asleep again";
+}
+
+TEST(Setup, WhoRunsTellsOnWhichCpu) {
+  cpu_set_t before, here;
+  KJ_SYSCALL(sched_getaffinity(0, sizeof(before), &before));
+  KJ_DEFER(KJ_SYSCALL(sched_setaffinity(0, sizeof(before), &before)));
+  HandMadePeer peer;
+  peer.upgrade();
+  auto& header = *reinterpret_cast<const RegionHeader*>(
+      KJ_ASSERT_NONNULL(peer.peerMemory).bytes().begin());
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(cpu, &before)) continue;
+    CPU_ZERO(&here);
+    CPU_SET(cpu, &here);
+    KJ_SYSCALL(sched_setaffinity(0, sizeof(here), &here));
+    peer.send(8);
+    peer.settle();
+    EXPECT_EQ(cpu + 1u, header.cpu.load());
+  }
 }
 
 TEST(HostilePeer, SecondEndIsRefused) {

@@ -15,10 +15,10 @@ void exhaust(SpinBudget& budget) {
   while (budget.next(LONGEST) > 0) budget.miss();
 }
 
-uint sleepsUntilTrial(SpinBudget& budget, uint64_t length, uint limit = 100000) {
+uint sleepsUntilTrial(SpinBudget& budget, uint64_t length, bool peersShareCpu = false) {
   // How many sleeps of a length it takes until there is a spin again.
-  for (uint i = 1; i <= limit; i++) {
-    budget.slept(length, LONGEST);
+  for (uint i = 1; i <= 100000; i++) {
+    budget.slept(length, LONGEST, peersShareCpu);
     if (budget.next(LONGEST) > 0) return i;
   }
   return 0;
@@ -100,7 +100,7 @@ TEST(SpinBudget, EndsAfterAFewThatDidNotPay) {
     }
     EXPECT_GE(count, 2u);
     for (int i = 0; i < 1000; i++) {
-      budget.slept(LONG_SLEEP, LONGEST);
+      budget.slept(LONG_SLEEP, LONGEST, false);
       EXPECT_EQ(0u, budget.next(LONGEST)) << "long sleeps are no reason for another trial";
     }
   }
@@ -123,6 +123,20 @@ TEST(SpinBudget, TrialsBecomeRarerAndStayRare) {
   for (int i = 0; i < 8; i++) budget.hit(2000);
   exhaust(budget);
   EXPECT_LE(sleepsUntilTrial(budget, SHORT_SLEEP), 2u);
+}
+
+TEST(SpinBudget, TrialsAreRarerIfThePeerCannotRunMeanwhile) {
+  SpinBudget budget(LONGEST);
+  uint last = 0;
+  for (int i = 0; i < 20; i++) {
+    exhaust(budget);
+    last = sleepsUntilTrial(budget, SHORT_SLEEP, true);
+    EXPECT_GE(last, 8u);
+  }
+  EXPECT_EQ(2048u, last) << "what SharedMemoryOptions::spinMicroseconds promises";
+  // Once it is elsewhere they are as usual.
+  exhaust(budget);
+  EXPECT_EQ(256u, sleepsUntilTrial(budget, SHORT_SLEEP));
 }
 
 TEST(SpinBudget, PeerThatSpinsIsAReason) {

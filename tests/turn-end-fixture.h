@@ -28,6 +28,7 @@ public:
   bool waiting = false;
   bool awaitingSocket = false;
   bool answer = false;
+  bool sharesCpu = false;
   kj::uint unprepared = 0;
   kj::Function<bool()> isThere = []() { return false; };
   kj::Function<void()> onProceed = []() {};
@@ -65,6 +66,7 @@ private:
     write('S');
     polls = 0;
   }
+  bool peerSharesCpu() override { return sharesCpu; }
 };
 
 constexpr uint64_t FOREVER = 5000000;

@@ -145,8 +145,8 @@ void TurnEnd::schedule() {
   if (asleepSince != 0) {
     uint64_t begin = kj::max(asleepSince, busyUntil);
     uint64_t end = kj::max(now(), begin);
-    budget->slept(end - begin, longestSpin);
-    lookBudget->slept(end - begin, LOOKS_TRIAL);
+    budget->slept(end - begin, longestSpin, peersShareCpu);
+    lookBudget->slept(end - begin, LOOKS_TRIAL, peersShareCpu);
     asleepSince = 0;
     portHasRun();
   }
@@ -179,7 +179,11 @@ void TurnEnd::run() {
     batch.clear();
     awake.moveTo(batch);
     atSocket.moveTo(batch);
-    for (auto member: batch) putToSleep(*member);
+    peersShareCpu = true;
+    for (auto member: batch) {
+      peersShareCpu = peersShareCpu && member->peerSharesCpu();
+      putToSleep(*member);
+    }
   }
 
   if (pending == nullptr) asleepSince = now();

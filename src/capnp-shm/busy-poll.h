@@ -92,6 +92,9 @@ public:
     virtual void sleep() = 0;
     // Asks the peer for a bell, then looks once more.
 
+    virtual bool peerSharesCpu() = 0;
+    // Whether the peer, as far as it has told, last ran on the CPU on which this is called.
+
     TurnEnd& getTurnEnd() { return *turnEnd; }
 
   private:
@@ -115,9 +118,11 @@ public:
   // So much was sent, or received: the peer is busy with it, or with the next of its size, for a
   // time that it would be premature to call a miss.
 
-  void peerWasAwake(bool answerExpected) {
-    // A message was published and its receiver needed no bell.
-    (answerExpected ? answers : requests).peerWasAwake();
+  void peerWasAwake(Member& member) {
+    // A message was published and its receiver needed no bell. On our own CPU it did not run: the
+    // scheduler let us go first.
+    auto& budget = member.expectsAnswer() ? answers : requests;
+    if (budget.isGivenUp() && !member.peerSharesCpu()) budget.peerWasAwake();
   }
 
   bool isLong() const {
@@ -253,7 +258,8 @@ private:
   size_t bytesSincePort = 0;
   uint64_t withoutPortSince = 0;          // When we first looked at the clock since then; or 0.
   bool portIsDue = false;
-  uint64_t asleepSince = 0;               // Or 0 if the loop is awake.
+  uint64_t asleepSince = 0;               // Or 0 if the loop is awake,
+  bool peersShareCpu = false;             // and whether we wait for peers on our own CPU only.
 
   void schedule();
   void runLater(bool afterPort);

@@ -298,7 +298,7 @@ void SharedMemoryConnection::ringPeer() {
     if (!p->mustRing(served)) {
       if (served & WANT_DATA) {
         ++bellsSaved;
-        getTurnEnd().peerWasAwake(expectsAnswer());
+        getTurnEnd().peerWasAwake(*this);
       }
       return;
     }

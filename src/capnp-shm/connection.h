@@ -145,6 +145,8 @@ private:
   kj::Maybe<SleepWord> sleepWord;
   kj::Maybe<PeerSleepWord> peerSleepWord;
   kj::Maybe<kj::Own<EventBell>> peerBell;
+  uint64_t publishedCpu = 0;
+  // What our header says.
   bool eventBellLost = false;
   // To wake the peer, if both sides trust each other; else, or if the peer had no descriptor to
   // spare, the socket is the bell.
@@ -323,6 +325,7 @@ private:
   bool prepare() override;
   void proceed() override;
   void sleep() override;
+  bool peerSharesCpu() override;
 };
 
 }  // namespace capnpshm

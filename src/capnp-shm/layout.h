@@ -187,7 +187,8 @@ struct RegionHeader {
   uint8_t reserved0[CACHE_LINE_PAIR - 7 * 8];
 
   SharedWord sleepWord;    // epoch<<2 | wantRoom<<1 | wantData; see doorbell.h.
-  uint8_t reserved1[CACHE_LINE_PAIR - 8];
+  SharedWord cpu;          // On which the owner last ran, plus one; 0 if it has not told. A hint.
+  uint8_t reserved1[CACHE_LINE_PAIR - 2 * 8];
 
   SharedWord consumed;     // Position of the first line of the peer's ring not yet consumed.
   uint8_t reserved2[CACHE_LINE_PAIR - 8];
@@ -198,6 +199,7 @@ struct RegionHeader {
 static_assert(sizeof(RegionHeader) == 512, "four pairs of cache lines");
 static_assert(offsetof(RegionHeader, freeEntries) == 48, "part of the protocol");
 static_assert(offsetof(RegionHeader, sleepWord) == 128, "part of the protocol");
+static_assert(offsetof(RegionHeader, cpu) == 136, "part of the protocol");
 static_assert(offsetof(RegionHeader, consumed) == 256, "part of the protocol");
 static_assert(offsetof(RegionHeader, freed) == 384, "part of the protocol");
 

@@ -87,7 +87,8 @@ struct SharedMemoryOptions {
   // for slow calls. What it may cost: CPU time of about 10 µs for each time that it finds nothing
   // while answers come at once, more the longer they take, up to all of this; or 45 µs if sixteen
   // in a row before did find something. After a few of those, a trial of twice this value every
-  // 256 sleeps, or of twice 15 µs every 32 answers, at most. Never used on a single CPU.
+  // 256 sleeps, or of twice 15 µs every 32 answers, at most; every 2048 sleeps if the peers run on
+  // the same CPU. Never used on a single CPU.
   // If connections on one loop differ, the longest counts.
   //
   // After that, and with 0 too, the loop looks at its event port a few times more before it sleeps,

@@ -24,7 +24,9 @@ class SpinBudget {
   //   what those saved.
   // - After a few in a row that did not, there are no more of them,
   // - but a trial now and then, when sleeps turn out short, or when the peer turns out to be awake
-  //   after we were not. Trials that fail become rarer, each time by half.
+  //   after we were not. Trials that fail become rarer, each time by half; and they are rarer from the
+  //   beginning if the peer last ran on our own CPU, where it cannot answer while we spin. (If it may
+  //   run elsewhere, a spin is what makes the scheduler move it.)
   //
   // An event loop has two of these, since answers and requests come at different times: one that
   // calls with pauses finds its answers soon and its pauses never. And others, for the same reason,
@@ -44,6 +46,9 @@ public:
 
   bool isTrial() const { return hitsInARow == 0; }
   // Whether the next spin, if there is one, is to find out whether they pay.
+
+  bool isGivenUp() const { return credit == 0; }
+  // Whether there are no spins at present; only then do slept() and peerWasAwake() matter.
 
   uint64_t getAverageHit() const { return averageHit; }
 
@@ -65,15 +70,18 @@ public:
     if (credit > 0 && --credit == 0 && trialInterval < MAX_TRIAL_INTERVAL) trialInterval *= 2;
   }
 
-  void slept(uint64_t nanoseconds, uint64_t longest) {
-    // The loop was asleep for this time, between the end of a turn and the next activity.
-    if (credit == 0 && nanoseconds < SHORT_SLEEP * longest) considerTrial(1);
+  void slept(uint64_t nanoseconds, uint64_t longest, bool peersShareCpu) {
+    // The loop was asleep for this time, between the end of a turn and the next activity; all peers
+    // had been on its own CPU, or some were elsewhere.
+    if (credit == 0 && nanoseconds < SHORT_SLEEP * longest) {
+      considerTrial(peersShareCpu ? 1 : ELSEWHERE_WEIGHT);
+    }
   }
 
   void peerWasAwake() {
     // We published something after having slept and found the peer still awake. Perhaps it spins;
     // perhaps it only had something else to do.
-    if (credit == 0) considerTrial(AWAKE_WEIGHT);
+    if (credit == 0) considerTrial(ELSEWHERE_WEIGHT * AWAKE_WEIGHT);
   }
 
 private:
@@ -85,19 +93,20 @@ private:
   static constexpr uint64_t SHORT_SLEEP = 3;
   static constexpr uint FULL_CREDIT = 4;
   static constexpr uint TRIAL_CREDIT = 2;
-  static constexpr uint AWAKE_WEIGHT = 8;
+  static constexpr uint ELSEWHERE_WEIGHT = 8;  // Of a short sleep whose peer was on another CPU.
+  static constexpr uint AWAKE_WEIGHT = 8;      // Of a peer that was awake, in such sleeps.
   static constexpr uint MAX_TRIAL_INTERVAL = 256;
 
   uint64_t longestTrial;
   uint64_t hitsInARow = 0;    // 0 if spins do not pay at present.
   uint64_t averageHit = 0;    // Of those.
   uint credit = FULL_CREDIT;  // How many more spins in a row may fail to pay.
-  uint trialInterval = 1;     // How many reasons it takes for a trial.
-  uint reasons = 0;
+  uint trialInterval = 1;     // How many short sleeps it takes for a trial.
+  uint reasons = 0;           // In units of one with the peer on our CPU.
 
   void considerTrial(uint weight) {
     reasons += weight;
-    if (reasons < trialInterval) return;
+    if (reasons < trialInterval * ELSEWHERE_WEIGHT) return;
     reasons = 0;
     credit = TRIAL_CREDIT;
   }
