@@ -18,16 +18,16 @@ void exhaust(SpinBudget& budget) {
 uint sleepsUntilTrial(SpinBudget& budget, uint64_t length, bool peersShareCpu = false) {
   // How many sleeps of a length it takes until there is a spin again.
   for (uint i = 1; i <= 100000; i++) {
-    budget.slept(length, LONGEST, peersShareCpu);
+    budget.slept(length, peersShareCpu);
     if (budget.next(LONGEST) > 0) return i;
   }
   return 0;
 }
 
 TEST(SpinBudget, NeverLongerThanAllowed) {
-  SpinBudget budget(LONGEST);
+  SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   EXPECT_EQ(LONGEST, budget.next(LONGEST)) << "begins with a trial";
-  EXPECT_EQ(7u, SpinBudget(7).next(LONGEST)) << "which may be a short one";
+  EXPECT_EQ(7u, SpinBudget(SpinBudget::FOR_REQUESTS, 7).next(LONGEST)) << "which may be a short one";
   EXPECT_EQ(0u, budget.next(0)) << "0 is never";
   EXPECT_EQ(1u, budget.next(1));
   budget.hit(15000);
@@ -36,7 +36,7 @@ TEST(SpinBudget, NeverLongerThanAllowed) {
 }
 
 TEST(SpinBudget, AsLongAsItPaysAFewTimesWhatItTook) {
-  SpinBudget budget(LONGEST);
+  SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   for (int i = 0; i < 1000; i++) {
     if (i % 10 == 0) budget.miss();
     budget.hit(2000);
@@ -64,7 +64,7 @@ TEST(SpinBudget, AsLongAsItPaysAFewTimesWhatItTook) {
 }
 
 TEST(SpinBudget, PatientAfterManyInARowThatPaid) {
-  SpinBudget budget(LONGEST);
+  SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   uint count = 0;
   do {
     budget.hit(2000);
@@ -81,16 +81,80 @@ TEST(SpinBudget, PatientAfterManyInARowThatPaid) {
 
 TEST(SpinBudget, AnAnswerThatTakesAWakeUpStillPays) {
   // As of one that calls with pauses: its peer sleeps each time, but it need not as well.
-  SpinBudget budget(LONGEST);
+  SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   for (int i = 0; i < 100; i++) {
     budget.hit(40000);
     EXPECT_EQ(LONGEST, budget.next(LONGEST));
   }
 }
 
+TEST(SpinBudget, LearnsWhatASleepCosts) {
+  // From sleeps that answers end, which last for two wake-ups.
+  constexpr uint64_t ALLOWED = 1000000;
+  auto longestPayingHit = [](SpinBudget& budget) {
+    uint64_t result = 0;
+    for (uint64_t hit = 1000; hit < ALLOWED; hit += 1000) {
+      auto copy = budget;
+      copy.hit(hit);
+      if (copy.next(ALLOWED) == 0) break;
+      result = hit;
+    }
+    return result;
+  };
+  auto learn = [](SpinBudget& budget, uint64_t length, bool peersShareCpu = false) {
+    for (int i = 0; i < 100; i++) {
+      exhaust(budget);
+      budget.slept(length, peersShareCpu);
+    }
+    // So that the next one that does not pay is the last.
+    exhaust(budget);
+    while (budget.next(ALLOWED) == 0) budget.slept(length, peersShareCpu);
+    budget.miss();
+  };
+  SpinBudget answers(SpinBudget::FOR_ANSWERS, 50000);
+  learn(answers, 30000);
+  EXPECT_EQ(45000u, longestPayingHit(answers)) << "at least";
+  EXPECT_EQ(50000u, answers.next(ALLOWED));
+  learn(answers, 120000);
+  EXPECT_NEAR(80000, longestPayingHit(answers), 5000);
+  EXPECT_NEAR(89000, answers.next(ALLOWED), 6000);
+  EXPECT_EQ(LONGEST, answers.next(LONGEST)) << "never longer than allowed";
+  learn(answers, 290000);
+  EXPECT_NEAR(95000, longestPayingHit(answers), 1000) << "at most";
+  learn(answers, 30000);
+  EXPECT_EQ(45000u, longestPayingHit(answers)) << "and it forgets";
+
+  // Where the peer must wait for us to sleep, its length tells nothing; nor does that of a pause.
+  learn(answers, 120000, true);
+  EXPECT_EQ(45000u, longestPayingHit(answers));
+  SpinBudget requests(SpinBudget::FOR_REQUESTS, 50000);
+  learn(requests, 120000);
+  EXPECT_EQ(45000u, longestPayingHit(requests));
+}
+
+TEST(SpinBudget, AnAnswerFromAPeerThatIsSlowToWakeUpPaysOnceThatIsKnown) {
+  // Both sides sleep each time, and a spin of the usual length finds nothing just before the answer
+  // comes.
+  SpinBudget budget(SpinBudget::FOR_ANSWERS, LONGEST);
+  constexpr uint64_t ANSWER = 60000;
+  uint found = 0, calls = 0;
+  for (; calls < 1000 && found < 10; calls++) {
+    uint64_t spin = budget.next(2 * LONGEST);
+    if (spin >= ANSWER) {
+      budget.hit(ANSWER);
+      ++found;
+      continue;
+    }
+    found = 0;
+    if (spin > 0) budget.miss();
+    budget.slept(2 * ANSWER - spin, false);
+  }
+  EXPECT_LT(calls, 500u);
+}
+
 TEST(SpinBudget, EndsAfterAFewThatDidNotPay) {
   for (bool late: { false, true }) {
-    SpinBudget budget(LONGEST);
+    SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
     budget.hit(2000);
     uint count = 0;
     while (budget.next(LONGEST) > 0) {
@@ -100,14 +164,14 @@ TEST(SpinBudget, EndsAfterAFewThatDidNotPay) {
     }
     EXPECT_GE(count, 2u);
     for (int i = 0; i < 1000; i++) {
-      budget.slept(LONG_SLEEP, LONGEST, false);
+      budget.slept(LONG_SLEEP, false);
       EXPECT_EQ(0u, budget.next(LONGEST)) << "long sleeps are no reason for another trial";
     }
   }
 }
 
 TEST(SpinBudget, TrialsBecomeRarerAndStayRare) {
-  SpinBudget budget(LONGEST);
+  SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   uint last = 0;
   for (int i = 0; i < 20; i++) {
     exhaust(budget);
@@ -126,7 +190,7 @@ TEST(SpinBudget, TrialsBecomeRarerAndStayRare) {
 }
 
 TEST(SpinBudget, TrialsAreRarerIfThePeerCannotRunMeanwhile) {
-  SpinBudget budget(LONGEST);
+  SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   uint last = 0;
   for (int i = 0; i < 20; i++) {
     exhaust(budget);
@@ -140,7 +204,7 @@ TEST(SpinBudget, TrialsAreRarerIfThePeerCannotRunMeanwhile) {
 }
 
 TEST(SpinBudget, PeerThatSpinsIsAReason) {
-  SpinBudget budget(LONGEST);
+  SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   for (int i = 0; i < 20; i++) {
     exhaust(budget);
     sleepsUntilTrial(budget, SHORT_SLEEP);

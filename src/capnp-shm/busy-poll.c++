@@ -48,8 +48,11 @@ kj::Own<TurnEnd> TurnEnd::forThisLoop() {
 }
 
 TurnEnd::TurnEnd()
-    : severalCpus(hasSeveralCpus()), answers(ANSWER_TRIAL), requests(REQUEST_TRIAL),
-      answerLooks(LOOKS_TRIAL), requestLooks(LOOKS_TRIAL), socketLooks(LONGEST_SOCKET_LOOKS) {
+    : severalCpus(hasSeveralCpus()), answers(SpinBudget::FOR_ANSWERS, ANSWER_TRIAL),
+      requests(SpinBudget::FOR_REQUESTS, REQUEST_TRIAL),
+      answerLooks(SpinBudget::FOR_ANSWERS, ANSWER_LOOKS_TRIAL),
+      requestLooks(SpinBudget::FOR_REQUESTS, REQUEST_LOOKS_TRIAL),
+      socketLooks(SpinBudget::FOR_REQUESTS, LONGEST_SOCKET_LOOKS) {
   currentTurnEnd = this;
 }
 
@@ -145,8 +148,8 @@ void TurnEnd::schedule() {
   if (asleepSince != 0) {
     uint64_t begin = kj::max(asleepSince, busyUntil);
     uint64_t end = kj::max(now(), begin);
-    budget->slept(end - begin, longestSpin, peersShareCpu);
-    lookBudget->slept(end - begin, LOOKS_TRIAL, peersShareCpu);
+    budget->slept(end - begin, peersShareCpu);
+    lookBudget->slept(end - begin, peersShareCpu);
     asleepSince = 0;
     portHasRun();
   }
@@ -249,11 +252,10 @@ inline bool TurnEnd::proceed() {
 
 void TurnEnd::chooseBudget() {
   budget = awake.expectsAnswer() ? &answers : &requests;
-  longestSpin = severalCpus && !awake.empty() ? awake.getSpinNanoseconds() : 0;
 }
 
 bool TurnEnd::spin() {
-  uint64_t allowed = budget->next(longestSpin);
+  uint64_t allowed = severalCpus ? budget->next(awake.getSpinNanoseconds()) : 0;
   if (allowed == 0) return false;
 
   uint64_t start = now();
@@ -304,7 +306,7 @@ bool TurnEnd::lookAtPort() {
   if (lookCount == 0) {
     lookBudget = atSocket.expectsAnswer() ? &socketLooks :
         awake.expectsAnswer() ? &answerLooks : &requestLooks;
-    if (!severalCpus || lookBudget->next(LONGEST_SOCKET_LOOKS) == 0) return false;
+    if (!severalCpus || lookBudget->next(LONGEST_LOOKS) == 0) return false;
     lookingSince = now();
   } else if (hasLookedEnough()) {
     lookBudget->miss();
@@ -321,7 +323,7 @@ bool TurnEnd::hasLookedEnough() {
   if (lookBudget != &socketLooks && !lookBudget->isTrial()) {
     return lookCount >= LOOKS && elapsed >= lookBudget->getAverageHit() * 3 / 2;
   }
-  return elapsed >= lookBudget->next(LONGEST_SOCKET_LOOKS);
+  return elapsed >= lookBudget->next(LONGEST_LOOKS);
 }
 
 void TurnEnd::putToSleep(Member& member) {

@@ -183,13 +183,15 @@ private:
   // pay, the first or second finds something, so that we make fewer system calls for each message
   // than TwoPartyVatNetwork, whose own keep it from sleeping too early. (With two, both sides
   // lost each other for a tenth of a second now and then.)
-  static constexpr uint64_t LOOKS_TRIAL = 30000;
+  static constexpr uint64_t ANSWER_LOOKS_TRIAL = 45000;
+  static constexpr uint64_t REQUEST_LOOKS_TRIAL = 30000;
   // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must wait
   // for it to wake up before both can find each other awake. And after that again, until the peer has
   // found out too: so looks go on for somewhat longer than they took lately.
   static constexpr uint64_t LONGEST_SOCKET_LOOKS = 60000;
   // In nanoseconds, if the answer to the first call of a connection is awaited, which comes on its
   // socket. The peer was probably asleep, and has a connection to accept.
+  static constexpr uint64_t LONGEST_LOOKS = 100000;
 
   class Crowd {
     // Members in the same state, roughly in the order in which they came. To add or remove one takes
@@ -249,8 +251,7 @@ private:
   uint64_t looksMade = 0;
   uint lookCount = 0;                     // Of looks since there was last anything to do,
   uint64_t lookingSince = 0;              // and when they began.
-  SpinBudget* budget = &requests;         // That of the last run(),
-  uint64_t longestSpin = 0;               // and what options allowed in it.
+  SpinBudget* budget = &requests;         // That of the last run().
   uint messagesThisTurn = 0;
   size_t bytesThisTurn = 0;
   uint64_t busyUntil = 0;                 // As far as can be told from what was moved.

@@ -14,9 +14,10 @@ class SpinBudget {
   // what came of it. All times in nanoseconds.
   //
   // What it weighs: a sleep and its wake-up together cost both sides 20 to 40 µs of CPU and add
-  // 30-60 µs to the answer. A spin that finds something within that time has paid for itself, also
-  // the answer of a peer that had to be woken up for it, the usual case of calls with pauses; one
-  // that finds nothing, or finds it later, has not. So:
+  // 30-60 µs to the answer, more on some machines. A spin that finds something within that time has
+  // paid for itself, also the answer of a peer that had to be woken up for it, the usual case of calls
+  // with pauses; one that finds nothing, or finds it later, has not. (As in the ski rental problem,
+  // nobody who knew all in advance would pay less than half.) So:
   //
   // - As long as spins pay, the next may last a few times as long as they took;
   // - after many in a row that did, a good deal longer: if it is late this time, the peer was
@@ -28,20 +29,28 @@ class SpinBudget {
   //   beginning if the peer last ran on our own CPU, where it cannot answer while we spin. (If it may
   //   run elsewhere, a spin is what makes the scheduler move it.)
   //
+  // What a sleep costs on this machine is learned from sleeps that an answer ends. Their request was
+  // sent just before and has woken the peer, so that they last for two wake-ups and the peer's work.
+  //
   // An event loop has two of these, since answers and requests come at different times: one that
   // calls with pauses finds its answers soon and its pauses never. And others, for the same reason,
   // for its looks at the port.
 
 public:
-  explicit SpinBudget(uint64_t longestTrial): longestTrial(longestTrial) {}
-  // `longestTrial` is how long a spin of a trial may last.
+  enum Purpose { FOR_ANSWERS, FOR_REQUESTS };
+
+  SpinBudget(Purpose purpose, uint64_t longestTrial)
+      : purpose(purpose), longestTrial(longestTrial) {}
+  // `longestTrial` is how long a spin of a trial may last where a sleep costs the least.
 
   uint64_t next(uint64_t longest) const {
     // How long to spin now, `longest` being what the options allow; 0 for not at all.
     if (credit == 0) return 0;
-    if (hitsInARow == 0) return kj::min(longestTrial, longest);
+    if (hitsInARow == 0) {
+      return kj::min(longestTrial * sleepCost / LEAST_SLEEP_COST, longest);
+    }
     uint64_t usual = LEAST_SPIN + HIT_FACTOR * averageHit;
-    return kj::min(hitsInARow < STEADY_HITS ? usual : kj::max(usual, STEADY_SPIN), longest);
+    return kj::min(hitsInARow < STEADY_HITS ? usual : kj::max(usual, sleepCost), longest);
   }
 
   bool isTrial() const { return hitsInARow == 0; }
@@ -54,7 +63,7 @@ public:
 
   void hit(uint64_t nanoseconds) {
     // A spin found something after this time.
-    if (nanoseconds > PAYING_HIT) {
+    if (nanoseconds > sleepCost) {
       miss();
       return;
     }
@@ -70,12 +79,12 @@ public:
     if (credit > 0 && --credit == 0 && trialInterval < MAX_TRIAL_INTERVAL) trialInterval *= 2;
   }
 
-  void slept(uint64_t nanoseconds, uint64_t longest, bool peersShareCpu) {
+  void slept(uint64_t nanoseconds, bool peersShareCpu) {
     // The loop was asleep for this time, between the end of a turn and the next activity; all peers
     // had been on its own CPU, or some were elsewhere.
-    if (credit == 0 && nanoseconds < SHORT_SLEEP * longest) {
-      considerTrial(peersShareCpu ? 1 : ELSEWHERE_WEIGHT);
-    }
+    if (credit > 0 || nanoseconds > SHORT_SLEEP) return;
+    if (purpose == FOR_ANSWERS && !peersShareCpu) learn(nanoseconds * 2 / 3);
+    considerTrial(peersShareCpu ? 1 : ELSEWHERE_WEIGHT);
   }
 
   void peerWasAwake() {
@@ -86,23 +95,34 @@ public:
 
 private:
   static constexpr uint64_t LEAST_SPIN = 10000;
-  static constexpr uint64_t STEADY_SPIN = 45000;
   static constexpr uint64_t STEADY_HITS = 16;
-  static constexpr uint64_t PAYING_HIT = 45000;
   static constexpr uint64_t HIT_FACTOR = 3;
-  static constexpr uint64_t SHORT_SLEEP = 3;
+  static constexpr uint64_t LEAST_SLEEP_COST = 45000;
+  static constexpr uint64_t MOST_SLEEP_COST = 95000;
+  static constexpr uint64_t LEARNING = 32;        // The share of a sleep in what is known is its inverse.
+  static constexpr uint64_t SHORT_SLEEP = 300000;
+  // Two wake-ups on a slow machine, and some work.
   static constexpr uint FULL_CREDIT = 4;
   static constexpr uint TRIAL_CREDIT = 2;
   static constexpr uint ELSEWHERE_WEIGHT = 8;  // Of a short sleep whose peer was on another CPU.
   static constexpr uint AWAKE_WEIGHT = 8;      // Of a peer that was awake, in such sleeps.
   static constexpr uint MAX_TRIAL_INTERVAL = 256;
 
+  Purpose purpose;
   uint64_t longestTrial;
+  uint64_t sleepCost = LEAST_SLEEP_COST;
   uint64_t hitsInARow = 0;    // 0 if spins do not pay at present.
   uint64_t averageHit = 0;    // Of those.
   uint credit = FULL_CREDIT;  // How many more spins in a row may fail to pay.
   uint trialInterval = 1;     // How many short sleeps it takes for a trial.
   uint reasons = 0;           // In units of one with the peer on our CPU.
+
+  void learn(uint64_t cost) {
+    // By small steps towards it: to the median, which outliers do not move.
+    uint64_t step = sleepCost / LEARNING;
+    sleepCost = cost > sleepCost ? kj::min(sleepCost + step, MOST_SLEEP_COST)
+                                 : kj::max(sleepCost - step, LEAST_SLEEP_COST);
+  }
 
   void considerTrial(uint weight) {
     reasons += weight;
