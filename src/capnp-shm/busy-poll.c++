@@ -58,6 +58,8 @@ TurnEnd::TurnEnd()
 
 TurnEnd::~TurnEnd() noexcept(false) { currentTurnEnd = nullptr; }
 
+void TurnEnd::usePort(kj::UnixEventPort& port) { timer = port.getTimer(); }
+
 TurnEnd::Crowd::~Crowd() noexcept(false) {}
 
 void TurnEnd::Crowd::add(Member& member, const SharedWord* word) {
@@ -346,8 +348,10 @@ void TurnEnd::lookAtClock() {
   uint64_t time = now();
   if (withoutPortSince == 0) {
     withoutPortSince = time;
-  } else if (time - withoutPortSince >= MAX_NANOSECONDS_WITHOUT_PORT) {
-    portIsDue = true;
+  } else {
+    uint64_t longest = timer == nullptr ? MAX_NANOSECONDS_WITHOUT_PORT
+                                        : MAX_NANOSECONDS_WITHOUT_KNOWN_PORT;
+    portIsDue = portIsDue || time - withoutPortSince >= longest;
   }
 }
 
@@ -359,11 +363,18 @@ void TurnEnd::portHasRun() {
 }
 
 kj::Promise<void> TurnEnd::yieldToPort() {
-  // A fulfiller for other threads goes through the port. (port.poll() would swallow events of
-  // other threads.) What is counted stays as it is until then, or others could keep the loop from it.
-  auto paf = kj::newPromiseAndCrossThreadFulfiller<void>();
-  paf.fulfiller->fulfill();
-  return paf.promise.then([this]() { portHasRun(); });
+  // What is counted stays as it is until then, or others could keep the loop from the port.
+  auto yielded = kj::Promise<void>(nullptr);
+  KJ_IF_MAYBE(t, timer) {
+    // The port serves its timer when it has asked the system for everything else.
+    yielded = t->afterDelay(0 * kj::SECONDS);
+  } else {
+    // A fulfiller for other threads goes through it. (port.poll() would swallow events of other threads.)
+    auto paf = kj::newPromiseAndCrossThreadFulfiller<void>();
+    paf.fulfiller->fulfill();
+    yielded = kj::mv(paf.promise);
+  }
+  return yielded.then([this]() { portHasRun(); });
 }
 
 }  // namespace capnpshm

@@ -74,6 +74,7 @@ SharedMemoryConnection::SharedMemoryConnection(
       bellTask(kj::READY_NOW),
       foreignTask(kj::READY_NOW),
       endTask(kj::READY_NOW) {
+  if (port != nullptr) getTurnEnd().usePort(*port);
   peerVatId.initRoot<capnp::rpc::twoparty::VatId>().setSide(
       side == capnp::rpc::twoparty::Side::CLIENT ? capnp::rpc::twoparty::Side::SERVER
                                                  : capnp::rpc::twoparty::Side::CLIENT);
