@@ -53,6 +53,12 @@ TEST(SpinBudget, AsLongAsItPaysAFewTimesWhatItTook) {
   EXPECT_GT(budget.next(LONGEST), before);
   EXPECT_GE(budget.next(LONGEST), 2 * 8000u);
 
+  // But hardly longer than what would be worth it.
+  budget.hit(40000);
+  budget.miss();
+  for (int i = 0; i < 10; i++) budget.hit(40000);
+  EXPECT_EQ(50000u, budget.next(10 * LONGEST));
+
   // One that failed does not end it, nor several with a hit in between.
   for (int i = 0; i < 100; i++) {
     budget.miss();

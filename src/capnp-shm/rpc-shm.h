@@ -84,20 +84,19 @@ struct SharedMemoryOptions {
   //
   // The time actually spent adapts to whether it pays, separately for answers and for requests, down
   // to nothing when it does not: on an overloaded machine, between calls that come with pauses, or
-  // for slow calls. It never lasts longer than a sleep and its wake-ups would take, which is
-  // taken for 45 µs, or more, up to 95, where sleeps prove to take longer.
+  // for slow calls. It never lasts much longer than a sleep and its wake-ups would take, which
+  // is taken for 45 µs, or more, up to 95, where sleeps prove to take longer.
   //
   // What it may cost: CPU time of about 10 µs for each time that it finds nothing while answers come at
   // once, more the longer they take; or as long as a sleep if sixteen in a row before did find
   // something. After a few of those, a trial of twice as long every 256 sleeps, or of twice 15 µs
   // every 32 answers, at most; every 2048 sleeps if the peers run on the same CPU. Never used on a
-  // single CPU.
-  // If connections on one loop differ, the longest counts.
+  // single CPU. If connections on one loop differ, the longest counts.
   //
   // After that, and with 0 too, the loop looks at its event port a few times more before it sleeps,
-  // three system calls each, for what comes as a bell or on another connection: at most four times,
-  // and only while that pays; a trial of 30 µs, for answers as long as a sleep, twice, every 256 short
-  // sleeps at most.
+  // three system calls each, or one if `port` is given, for what comes as a bell or on another
+  // connection: four times, or for as long as it took lately, and only while that pays; a trial of
+  // 30 µs, or of a sleep's length for an answer, twice, every 256 short sleeps at most.
   // (TwoPartyVatNetwork looks as often between its reads and writes.)
 
   size_t sealedThresholdBytes = 0;

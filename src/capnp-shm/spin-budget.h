@@ -49,7 +49,8 @@ public:
     if (hitsInARow == 0) {
       return kj::min(longestTrial * sleepCost / LEAST_SLEEP_COST, longest);
     }
-    uint64_t usual = LEAST_SPIN + HIT_FACTOR * averageHit;
+    // Not much longer than what would count as paying.
+    uint64_t usual = kj::min(LEAST_SPIN + HIT_FACTOR * averageHit, sleepCost * 10 / 9);
     return kj::min(hitsInARow < STEADY_HITS ? usual : kj::max(usual, sleepCost), longest);
   }
 
