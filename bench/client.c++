@@ -178,6 +178,7 @@ struct Case {
 const Case CASES[] = {
   { "small_call", &smallCall },
   { "one_core", &smallCall },
+  { "unpinned", &smallCall },
   { "loaded", &smallCall },
   { "idle_gap", &idleGap },
   { "window", &window },

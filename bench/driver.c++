@@ -58,8 +58,10 @@ public:
 
     kj::Vector<kj::Own<Pair>> pairs;
     for (auto name: job.transports) {
-      uint serverCore = job.environment == Job::ONE_CORE ? 0 : 1;
-      pairs.add(kj::heap<Pair>(findTransport(name), cores[0], cores[serverCore]));
+      uint clientCore = cores[0], serverCore = cores[1];
+      if (job.environment == Job::ONE_CORE) serverCore = clientCore;
+      if (job.environment == Job::UNPINNED) clientCore = serverCore = ANY_CORE;
+      pairs.add(kj::heap<Pair>(findTransport(name), clientCore, serverCore));
     }
 
     uint rounds = options.tiny ? 1 : job.rounds;

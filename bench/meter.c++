@@ -72,6 +72,7 @@ kj::Vector<uint> usableCores() {
 }
 
 void pinTo(pid_t process, uint core) {
+  if (core == ANY_CORE) return;
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(core, &set);

@@ -24,9 +24,11 @@ uint64_t now();
 kj::String readFile(const char* path);
 // The content of a small file or one of /proc; empty if it cannot be read.
 
+constexpr uint ANY_CORE = kj::maxValue;
+
 kj::Vector<uint> usableCores();
 void pinTo(pid_t process, uint core);
-// 0 is the caller.
+// Process 0 is the caller. With ANY_CORE it may go on to run on all.
 
 void raiseFdLimit();
 

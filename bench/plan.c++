@@ -54,6 +54,7 @@ public:
     addBesideBusy();
     addConnections();
     add("one_core", MAIN).environment = Job::ONE_CORE;
+    add("unpinned", MAIN).environment = Job::UNPINNED;
     addLoaded();
     addOnce();
     add("raw", ROUND_TRIPS).countSystemCalls = false;

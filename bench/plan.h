@@ -12,7 +12,7 @@ namespace bench {
 struct Job {
   // One case with certain parameters, on all transports that are compared in it.
 
-  enum Environment { TWO_CORES, ONE_CORE, LOADED };
+  enum Environment { TWO_CORES, ONE_CORE, UNPINNED, LOADED };
 
   kj::StringPtr caseName;
   Parameters parameters;

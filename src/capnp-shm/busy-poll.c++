@@ -184,7 +184,7 @@ void TurnEnd::run() {
     batch.clear();
     awake.moveTo(batch);
     atSocket.moveTo(batch);
-    peersShareCpu = true;
+    peersShareCpu = !batch.empty();
     for (auto member: batch) {
       peersShareCpu = peersShareCpu && member->peerSharesCpu();
       putToSleep(*member);

@@ -196,6 +196,7 @@ private:
   // In nanoseconds, if the answer to the first call of a connection is awaited, which comes on its
   // socket. The peer was probably asleep, and has a connection to accept.
   static constexpr uint64_t LONGEST_LOOKS = 100000;
+  // Whatever is learned of this machine.
 
   class Crowd {
     // Members in the same state, roughly in the order in which they came. To add or remove one takes
