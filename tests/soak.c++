@@ -97,7 +97,7 @@ public:
         server = std::max(server, samples[i].serverBytes);
         driver = std::max(driver, samples[i].driverBytes);
       }
-      auto allowed = [](size_t bytes) { return bytes + bytes / 20 + (1 << 20); };
+      auto allowed = [](size_t bytes) { return bytes + bytes / 20 + (2 << 20); };
       expect(last.serverBytes <= allowed(server), "the server's memory grows");
       expect(last.driverBytes <= allowed(driver), "the clients' memory grows");
     }
