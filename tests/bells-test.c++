@@ -193,8 +193,7 @@ TEST(Bells, WhoSendsIsAwake) {
   // And says so, since it will look for the answer, which then needs no bell.
   HandMadePeer peer;
   peer.upgrade();
-  auto& header = *reinterpret_cast<const RegionHeader*>(
-      KJ_ASSERT_NONNULL(peer.peerMemory).bytes().begin());
+  auto& header = peer.networksHeader();
   uint64_t before = header.sleepWord.load();
   ASSERT_NE(0u, before & WANT_DATA);
   peer.send(8);
@@ -210,8 +209,7 @@ TEST(Bells, WhoRunsTellsOnWhichCpu) {
   KJ_DEFER(KJ_SYSCALL(sched_setaffinity(0, sizeof(before), &before)));
   HandMadePeer peer;
   peer.upgrade();
-  auto& header = *reinterpret_cast<const RegionHeader*>(
-      KJ_ASSERT_NONNULL(peer.peerMemory).bytes().begin());
+  auto& header = peer.networksHeader();
   for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
     if (!CPU_ISSET(cpu, &before)) continue;
     CPU_ZERO(&here);

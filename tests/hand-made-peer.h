@@ -180,9 +180,12 @@ public:
 
   DescriptorConsumer networksRing() {
     auto bytes = KJ_ASSERT_NONNULL(peerMemory).bytes();
-    auto& h = *reinterpret_cast<const RegionHeader*>(bytes.begin());
     return DescriptorConsumer(kj::arrayPtr(reinterpret_cast<const DescriptorLine*>(
-        bytes.begin() + h.ringOffset.load()), FIRST_RING_LINES));
+        bytes.begin() + networksHeader().ringOffset.load()), FIRST_RING_LINES));
+  }
+
+  const RegionHeader& networksHeader() {
+    return *reinterpret_cast<const RegionHeader*>(KJ_ASSERT_NONNULL(peerMemory).bytes().begin());
   }
 
   RegionHeader& header() {
