@@ -349,9 +349,9 @@ void TurnEnd::lookAtClock() {
   if (withoutPortSince == 0) {
     withoutPortSince = time;
   } else {
-    uint64_t longest = timer == nullptr ? MAX_NANOSECONDS_WITHOUT_PORT
-                                        : MAX_NANOSECONDS_WITHOUT_KNOWN_PORT;
-    portIsDue = portIsDue || time - withoutPortSince >= longest;
+    bool cheap = timer != nullptr && messagesSincePort >= MANY_MESSAGES_WITHOUT_PORT;
+    uint64_t longest = cheap ? FEW_NANOSECONDS_WITHOUT_PORT : MAX_NANOSECONDS_WITHOUT_PORT;
+    if (time - withoutPortSince >= longest) portIsDue = true;
   }
 }
 

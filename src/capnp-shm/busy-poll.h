@@ -153,7 +153,10 @@ private:
   static constexpr uint MAX_MESSAGES_WITHOUT_PORT = 2048;
   static constexpr size_t MAX_BYTES_WITHOUT_PORT = 4 << 20;
   static constexpr uint64_t MAX_NANOSECONDS_WITHOUT_PORT = 4000000;
-  static constexpr uint64_t MAX_NANOSECONDS_WITHOUT_KNOWN_PORT = 1000000;
+  static constexpr uint64_t FEW_NANOSECONDS_WITHOUT_PORT = 1000000;
+  static constexpr uint MANY_MESSAGES_WITHOUT_PORT = 512;
+  // If the port is known, both together are enough: the latter keep that below one system call in a
+  // hundred small calls.
   static constexpr uint MESSAGES_PER_LOOK_AT_CLOCK = 64;
   static constexpr uint MAX_MESSAGES_A_TURN = 64;
   static constexpr size_t MAX_BYTES_A_TURN = 512 << 10;
