@@ -170,7 +170,7 @@ private:
       row.countMethod = "perf_event_open, raw_syscalls:sys_enter";
     });
     if (!row.countMethod.empty() || !row.error.empty()) return;
-    KJ_IF_MAYBE(calls, systemCallsByStrace(pair, task)) {
+    KJ_IF_MAYBE(calls, systemCallsByStrace(pair, task, options.quick || options.tiny)) {
       row.add("syscalls_per_call", *calls);
       row.countMethod = "strace -c -f";
     }

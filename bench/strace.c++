@@ -21,6 +21,10 @@ namespace {
 constexpr uint64_t LEAST_CALLS = 200;
 constexpr uint64_t LEAST_ROUNDS = 8;
 // Of all that are in flight: they share system calls, and how many differs from round to round.
+constexpr double ENOUGH_SECONDS = 0.1;
+constexpr uint64_t GROWTH = 4;
+// Who makes system calls is slowed down, so the first few hundred calls may find both sides asleep
+// that would never sleep otherwise. And a rare system call is not seen in few.
 
 bool isTraced(pid_t process) {
   auto status = readFile(kj::str("/proc/", process, "/status").cStr());
@@ -108,7 +112,7 @@ kj::Maybe<double> countOnce(Pair& pair, Task::Builder task, uint64_t calls, kj::
 
 }  // namespace
 
-kj::Maybe<double> systemCallsByStrace(Pair& pair, Task::Builder task) {
+kj::Maybe<double> systemCallsByStrace(Pair& pair, Task::Builder task, bool quick) {
   char path[] = "/tmp/capnp-shm-bench-XXXXXX";
   int fd;
   KJ_SYSCALL(fd = mkstemp(path));
@@ -116,11 +120,25 @@ kj::Maybe<double> systemCallsByStrace(Pair& pair, Task::Builder task) {
   KJ_DEFER(unlink(path));
   task.setWarmUpSeconds(0);
   task.setCountSystemCalls(false);
-  // strace sees everything, the beginning and the end of a slice too. The difference is the calls'.
-  uint64_t calls = kj::max(LEAST_CALLS, LEAST_ROUNDS * task.getWindow());
-  KJ_IF_MAYBE(once, countOnce(pair, task, calls, path)) {
-    KJ_IF_MAYBE(twice, countOnce(pair, task, 2 * calls, path)) {
-      return kj::max(0.0, *twice - *once) / calls;
+  // strace sees everything, the beginning and the end of a slice too. The difference between two is
+  // the calls'.
+  uint64_t calls = kj::max(LEAST_CALLS, LEAST_ROUNDS * task.getWindow()), next = 2 * calls;
+  KJ_IF_MAYBE(least, countOnce(pair, task, calls, path)) {
+    double before = *least;
+    for (;;) {
+      uint64_t begin = now();
+      double count;
+      KJ_IF_MAYBE(c, countOnce(pair, task, next, path)) {
+        count = *c;
+      } else {
+        return nullptr;
+      }
+      if (quick || (now() - begin) * 1e-9 > ENOUGH_SECONDS) {
+        return kj::max(0.0, count - before) / (next - calls);
+      }
+      before = count;
+      calls = next;
+      next *= GROWTH;
     }
   }
   return nullptr;
