@@ -23,12 +23,6 @@ public:
     upgrade();
   }
 
-  void expectBellOnControlSocket() {
-    uint64_t bell = 0;
-    pipe.ends[1]->read(&bell, sizeof(bell)).wait(io.waitScope);
-    EXPECT_EQ(~uint64_t(0), bell);
-  }
-
   void makeItRing() {
     header().sleepWord.store(++epoch << SLEEP_EPOCH_SHIFT | WANT_DATA);
     send(8);
@@ -39,7 +33,7 @@ public:
     // Up to and with the offer of one.
     for (uint i = 0; i < 2; i++) {
       makeItRing();
-      expectBellOnControlSocket();
+      expectBell();
     }
     makeItRing();
     kj::AutoCloseFd fdSpace[1];
@@ -48,7 +42,7 @@ public:
     ASSERT_EQ(control.which(), protocol::Control::BELL_SOCKET);
     ASSERT_EQ(1u, frame.fds.size());
     bellSocket = kj::mv(frame.fds[0]);
-    expectBellOnControlSocket();
+    expectBell();
   }
 
   void answer(bool taken) {
@@ -79,7 +73,7 @@ TEST(Bells, PeerThatSleepsOftenGetsABellSocket) {
   // Should nobody listen there, the control socket is still there.
   peer.bellSocket = nullptr;
   peer.makeItRing();
-  peer.expectBellOnControlSocket();
+  peer.expectBell();
   EXPECT_EQ(peer.failure, "");
 }
 
@@ -91,7 +85,7 @@ TEST(Bells, BellsStayWhereTheyWereIfTheBellSocketIsNotTaken) {
     if (answered) peer.answer(false);
     for (uint i = 0; i < 20; i++) {
       peer.makeItRing();
-      peer.expectBellOnControlSocket();
+      peer.expectBell();
     }
     EXPECT_EQ(0u, peer.bellsOnBellSocket());
     EXPECT_EQ(peer.failure, "");
@@ -125,20 +119,15 @@ TEST(Bells, EventBellThatGotLostIsReplacedByTheSocket) {
   EXPECT_FALSE(control.getBellSocketTaken());
 
   // And its, which we lost: what was rung there is rung once more, and then on the socket alone.
-  auto expectBell = [&]() {
-    uint64_t bell = 0;
-    peer.pipe.ends[1]->read(&bell, sizeof(bell)).wait(peer.io.waitScope);
-    EXPECT_EQ(~uint64_t(0), bell);
-  };
   peer.header().sleepWord.store(uint64_t(1) << SLEEP_EPOCH_SHIFT | WANT_DATA);
   peer.send(8);
   peer.settle();
   peer.writeControl([](protocol::Control::Builder control) { control.setBellSocketTaken(false); });
-  expectBell();
+  peer.expectBell();
   for (uint epoch = 2; epoch < 6; epoch++) {
     peer.header().sleepWord.store(uint64_t(epoch) << SLEEP_EPOCH_SHIFT | WANT_DATA);
     peer.send(8);
-    expectBell();
+    peer.expectBell();
   }
   // It can get lost only once.
   EXPECT_EQ(peer.failure, "");

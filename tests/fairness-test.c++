@@ -85,6 +85,30 @@ kj::Own<End> newEnd(const EndMode& mode, kj::AsyncIoContext& io, int fd) {
       io.lowLevelProvider->wrapUnixSocketFd(fd, TAKE), LinkOptions());
 }
 
+class Servers {
+  // Of some connections, on an event loop of this thread's.
+
+public:
+  Servers(): io(kj::setupAsyncIo()) {}
+
+  void add(const EndMode& mode, Sockets& sockets) {
+    ends.add(newEnd(mode, io, sockets.there));
+    ends.back()->start(capnp::Capability::Client(kj::heap<RootImpl>(state)));
+    disconnects.add(ends.back()->network.onDisconnect());
+  }
+
+  void run() {
+    // Until all clients have left.
+    kj::joinPromises(disconnects.releaseAsArray()).wait(io.waitScope);
+  }
+
+private:
+  kj::AsyncIoContext io;
+  ServerState state;
+  kj::Vector<kj::Own<End>> ends;
+  kj::Vector<kj::Promise<void>> disconnects;
+};
+
 struct Busy {
   // The thread of the busy connection's other end.
 
@@ -234,18 +258,10 @@ TEST_P(Fairness, OthersGoOnWhileOneConnectionIsNeverQuiet) {
   // The others' peers, all on a loop of their own.
   Sockets plainSockets, otherSockets[OTHERS];
   kj::Thread peers([&]() {
-    auto io = kj::setupAsyncIo();
-    ServerState state;
-    kj::Vector<kj::Own<End>> ends;
-    ends.add(newEnd(plainServer, io, plainSockets.there));
-    for (auto& sockets: otherSockets) ends.add(newEnd(mode.server, io, sockets.there));
-    kj::Vector<kj::Promise<void>> disconnects;
-    for (auto& end: ends) {
-      end->start(capnp::Capability::Client(kj::heap<RootImpl>(state)));
-      disconnects.add(end->network.onDisconnect());
-    }
-    kj::joinPromises(disconnects.releaseAsArray()).wait(io.waitScope);
-    for (auto& end: ends) end->expectNothing();
+    Servers servers;
+    servers.add(plainServer, plainSockets);
+    for (auto& sockets: otherSockets) servers.add(mode.server, sockets);
+    servers.run();
   });
 
   // All connections are set up, each at rest, before it begins.
@@ -343,16 +359,9 @@ protected:
   void connect(uint count) {
     for (uint i = 0; i < count; i++) sockets.add();
     thread = kj::heap<kj::Thread>([this]() {
-      auto io = kj::setupAsyncIo();
-      ServerState state;
-      kj::Vector<kj::Own<End>> ends;
-      kj::Vector<kj::Promise<void>> disconnects;
-      for (auto& pair: sockets) {
-        ends.add(newEnd(GetParam().server, io, pair.there));
-        ends.back()->start(capnp::Capability::Client(kj::heap<RootImpl>(state)));
-        disconnects.add(ends.back()->network.onDisconnect());
-      }
-      kj::joinPromises(disconnects.releaseAsArray()).wait(io.waitScope);
+      Servers servers;
+      for (auto& pair: sockets) servers.add(GetParam().server, pair);
+      servers.run();
     });
     for (auto& pair: sockets) {
       ends.add(newEnd(GetParam().client, io, pair.here));

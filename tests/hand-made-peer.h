@@ -5,6 +5,7 @@
 // A connection against a peer that the test writes by hand, frame by frame: docs/PROTOCOL.md from
 // the other side.
 
+#include <capnp-shm/frame-reader.h>
 #include <capnp-shm/handshake.h>
 #include <capnp-shm/memfd.h>
 #include <capnp-shm/ring.h>
@@ -220,9 +221,16 @@ public:
     return readControl();
   }
 
+  void expectBell() {
+    // On the control socket, next.
+    uint64_t bell = 0;
+    pipe.ends[1]->read(&bell, sizeof(bell)).wait(io.waitScope);
+    EXPECT_EQ(BELL, bell);
+  }
+
   void ringBell(kj::uint times = 1) {
     auto bells = kj::heapArray<uint64_t>(times);
-    for (auto& bell: bells) bell = ~uint64_t(0);
+    for (auto& bell: bells) bell = BELL;
     pipe.ends[1]->write(bells.begin(), bells.asBytes().size()).wait(io.waitScope);
   }
 

@@ -100,7 +100,7 @@ private:
   static constexpr uint64_t HIT_FACTOR = 3;
   static constexpr uint64_t LEAST_SLEEP_COST = 45000;
   static constexpr uint64_t MOST_SLEEP_COST = 95000;
-  static constexpr uint64_t LEARNING = 32;        // The share of a sleep in what is known is its inverse.
+  static constexpr uint64_t LEARNING = 32;        // A step is this part of what is known.
   static constexpr uint64_t SHORT_SLEEP = 300000;
   // Two wake-ups on a slow machine, and some work.
   static constexpr uint FULL_CREDIT = 4;
