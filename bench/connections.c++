@@ -80,6 +80,8 @@ void idleMemory(Session& session, Task::Reader task, Figures& figures) {
   figures.add("server_anonymous_kib_per_connection", serverAnonymous);
   figures.add("region_kib_per_connection", regions);
   figures.add("resident_kib_per_connection", serverAnonymous + regions);
+  figures.add("touched_region_kib_per_connection", scale *
+      (RegionsTouched::of(getpid()).total + RegionsTouched::of(session.serverPid).total));
   figures.add("server_mapped_kib_per_connection", difference(server.shared, serverBefore.shared));
 }
 
@@ -114,7 +116,8 @@ void pages(Session& session, Task::Reader task, Figures& figures) {
   slice.report(figures);
   if (session.transport.isShared()) {
     figures.add("touched_kib_per_region",
-        kj::max(largestRegionTouched(getpid()), largestRegionTouched(session.serverPid)) / 1024.0);
+        kj::max(RegionsTouched::of(getpid()).largest,
+                RegionsTouched::of(session.serverPid).largest) / 1024.0);
   }
 }
 

@@ -112,12 +112,12 @@ Memory Memory::of(pid_t process) {
   return result;
 }
 
-uint64_t largestRegionTouched(pid_t process) {
+RegionsTouched RegionsTouched::of(pid_t process) {
   auto text = readFile(kj::str("/proc/", process, "/smaps").cStr());
   std::istringstream lines(text.cStr());
   std::string line;
   bool inRegion = false;
-  uint64_t result = 0;
+  RegionsTouched result;
   while (std::getline(lines, line)) {
     if (line.find(" kB") == std::string::npos && line.find('-') != std::string::npos) {
       // The head of a mapping. Only what we may write counts: the kernel maps what is only read in
@@ -125,7 +125,9 @@ uint64_t largestRegionTouched(pid_t process) {
       inRegion = line.find("/memfd:capnp-shm") != std::string::npos &&
           line.find(" rw-s ") != std::string::npos;
     } else if (inRegion && line.rfind("Rss:", 0) == 0) {
-      result = kj::max(result, strtoull(line.c_str() + 4, nullptr, 10) * 1024);
+      uint64_t bytes = strtoull(line.c_str() + 4, nullptr, 10) * 1024;
+      result.largest = kj::max(result.largest, bytes);
+      result.total += bytes;
     }
   }
   return result;

@@ -54,8 +54,14 @@ struct Memory {
   static Memory of(pid_t process);
 };
 
-uint64_t largestRegionTouched(pid_t process);
-// The most bytes that a process has touched in one of the regions of shared memory it writes.
+struct RegionsTouched {
+  // Bytes that a process has touched of the regions of shared memory it writes.
+
+  uint64_t largest = 0;
+  uint64_t total = 0;
+
+  static RegionsTouched of(pid_t process);
+};
 
 class SystemCallCounter {
   // Counts the system calls of a process, all threads, by the kernel's tracepoint.
