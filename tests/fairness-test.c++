@@ -10,14 +10,14 @@
 #include <unistd.h>
 
 // While one connection is never quiet, everybody else on the same event loop goes on: a timer, calls
-// from other threads, a plain connection, and twenty more in shared memory. And connections that
+// from other threads, a plain connection, and a hundred more in shared memory. And connections that
 // are all busy, or one that sleeps beside one that is, are served alike.
 
 namespace capnpshm {
 namespace conformance {
 namespace {
 
-constexpr uint OTHERS = 20;
+constexpr uint OTHERS = 100;
 constexpr uint ENOUGH = SLOW ? 3 : 10;
 // What each of the others shall have done while the busy connection is busy.
 
@@ -413,7 +413,7 @@ TEST_P(EqualShares, ForOneThatSleepsBesideABusyOne) {
   auto busy = callOn(1).eagerlyEvaluate(nullptr);
   std::vector<uint64_t> between;
   auto& timer = io.provider->getTimer();
-  for (uint i = 0; i < 51; i++) {
+  for (uint i = 0; i < (SLOW ? 9 : 51); i++) {
     // Long enough for both ends of this one to go to sleep.
     uint64_t before = calls[1];
     while (calls[1] < before + 1000) timer.afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
