@@ -11,8 +11,9 @@ namespace capnpshm {
 
 namespace {
 
-constexpr kj::uint WAITS_BETWEEN_READS = 64;
-// The socket's buffer has room for some hundred bells.
+constexpr kj::uint WAITS_BETWEEN_READS = 8;
+// The socket's buffer has room for some hundred bells, but to read and free each of them takes one or
+// two microseconds, and somebody waits meanwhile: no call shall wait for many.
 
 int socketOption(int fd, int name) {
   int value = -1;
