@@ -79,20 +79,20 @@ TEST_F(TurnFairness, WhoFindsNothingForLongGoesToSleep) {
   idle.waiting = seldom.waiting = true;
   uint64_t idleSleepsAt = 0, seldomSleepsAt = 0, last = 0;
   seldom.isThere = [&]() {
-    if (busy.turns % 900 != 0 || busy.turns == last) return false;
+    if (busy.turns % 3600 != 0 || busy.turns == last) return false;
     last = busy.turns;
     return true;
   };
   busy.onTurn = [&]() {
     if (idleSleepsAt == 0 && log.find("iS") != std::string::npos) idleSleepsAt = busy.turns;
     if (seldomSleepsAt == 0 && log.find("sS") != std::string::npos) seldomSleepsAt = busy.turns;
-    busy.running = busy.turns < 3000;
+    busy.running = busy.turns < 12000;
   };
   idle.active();
   seldom.active();
   turn();
-  EXPECT_GE(idleSleepsAt, 1024u);
-  EXPECT_LE(idleSleepsAt, 1024u + 64 + 1);
+  EXPECT_GE(idleSleepsAt, 4096u);
+  EXPECT_LE(idleSleepsAt, 4096u + 64 + 1);
   EXPECT_EQ(0u, seldomSleepsAt) << "not as long as the loop is awake";
 }
 
