@@ -7,6 +7,7 @@
 #include <kj/debug.h>
 #include <kj/thread.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -37,6 +38,23 @@ TEST_F(BellSocketTest, EveryRingWakes) {
     if (i % 512 == 0) { EXPECT_FALSE(isRung(promise)) << i; }
     ASSERT_TRUE(bell.ring()) << i;
     promise.wait(io.waitScope);
+  }
+}
+
+TEST_F(BellSocketTest, NoWakeUpHasManyBellsToRead) {
+  // Each takes microseconds, and who rang waits meanwhile.
+  auto peersEnd = bell.takePeersEnd();
+  int own;
+  KJ_SYSCALL(own = fcntl(peersEnd, F_DUPFD_CLOEXEC, 0));
+  kj::AutoCloseFd observed(own);
+  auto listener = BellSocket::newListener(io.unixEventPort, kj::mv(peersEnd));
+  for (uint i = 0; i < 200; i++) {
+    auto promise = listener->wait();
+    ASSERT_TRUE(bell.ring());
+    promise.wait(io.waitScope);
+    int unread;
+    KJ_SYSCALL(ioctl(observed, FIONREAD, &unread));
+    ASSERT_LE(unread, 8);
   }
 }
 
