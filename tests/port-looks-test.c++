@@ -111,6 +111,7 @@ TEST_F(LooksAtPort, FewerWhileTheyPayWithSpinsAndWithout) {
     turnEnd = nullptr;  // For a new one.
     FakeMember a(log, "a", spin);
     turnEnd = TurnEnd::forThisLoop();
+    turnEnd->usePort(io.unixEventPort);  // A look is one system call then.
     a.waiting = true;
     bool coming = false;
     uint64_t before = 0;
