@@ -413,10 +413,10 @@ TEST_P(EqualShares, ForOneThatSleepsBesideABusyOne) {
   auto busy = callOn(1).eagerlyEvaluate(nullptr);
   std::vector<uint64_t> between;
   auto& timer = io.provider->getTimer();
-  for (uint i = 0; i < (SLOW ? 9 : 51); i++) {
-    // Long enough for both ends of this one to go to sleep.
+  for (uint i = 0; i < (SLOW ? 5 : 51); i++) {
+    // Long enough for both ends of this one to go to sleep, which takes 4096 turns.
     uint64_t before = calls[1];
-    while (calls[1] < before + 1000) timer.afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
+    while (calls[1] < before + 4500) timer.afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
     before = calls[1];
     roots[0].sequenceRequest().send().wait(io.waitScope);
     between.push_back(calls[1] - before);
