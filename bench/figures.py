@@ -28,23 +28,6 @@ TARGETS = {
 # Since 1.0 TwoPartyVatNetwork batches what it writes and reads ahead.
 TARGETS_SINCE_1_0 = {"small_p50_spin": (8, None), "window256_copy": (2.5, None)}
 
-# The row that tells what RPC alone takes, for the ratios that have one: case, parameters, figure.
-ALONE = {
-    "small_p50_spin": ("small_call", {}, "p50_us"),
-    "small_p99_spin": ("small_call", {}, "p99_us"),
-    "small_p50_nospin": ("small_call", {}, "p50_us"),
-    "small_p50_default": ("small_call", {}, "p50_us"),
-    "small_cpu_default": ("small_call", {}, "cpu_us_per_call"),
-    "small_cpu_nospin": ("small_call", {}, "cpu_us_per_call"),
-    "small_p50_plain_ctor": ("small_call", {}, "p50_us"),
-    "window256_copy": ("window", {"window": 256}, "calls_per_s"),
-    "param16k_copy_spin": ("param", {"payload_bytes": 16 << 10}, "p50_us"),
-    "param64k_copy_spin": ("param", {"payload_bytes": 64 << 10}, "p50_us"),
-    "param1m_copy_rw": ("param_rw", {"payload_bytes": 1 << 20}, "p50_us"),
-    "param1m_inplace": ("param", {"payload_bytes": 1 << 20}, "p50_us"),
-    "param16m_inplace": ("param", {"payload_bytes": 16 << 20}, "p50_us"),
-}
-
 
 def read(path):
     with open(path) as file:
@@ -76,20 +59,6 @@ def describe(row):
 def key(row):
     """What identifies a row."""
     return (row["case"],) + tuple(row.get(name) for name in PARAMETERS) + (row["transport"],)
-
-
-def ratio_alone(run, name):
-    """What a ratio would be if nothing but RPC itself, in one process, took time; or None."""
-    if name not in ALONE:
-        return None
-    case, parameters, figure = ALONE[name]
-    rows = {key(row): row for row in run["results"]}
-    values = [rows.get(key({"case": case, "transport": transport, **parameters}), {}).get(figure)
-              for transport in ("twoparty", "in-process")]
-    if not all(values):
-        return None
-    socket, alone = values
-    return alone / socket if figure == "calls_per_s" else socket / alone
 
 
 def number(value, digits=3):

@@ -11,6 +11,7 @@ namespace {
 
 constexpr char BASELINE[] = "twoparty";
 constexpr char DEFAULT[] = "default";
+constexpr char RPC_ALONE[] = "in-process";
 
 struct Spec {
   const char* key;
@@ -68,6 +69,14 @@ std::vector<double> pairedRatios(
   return result;
 }
 
+kj::Maybe<double> ratioOfRpcAlone(const Results& results, const Spec& spec, const Row& base) {
+  auto alone = results.find(spec.caseName, RPC_ALONE, spec.parameters);
+  if (alone == nullptr) return nullptr;
+  double ours = alone->median(spec.figure), socket = base.median(spec.figure);
+  if (ours == 0 || socket == 0) return nullptr;
+  return spec.moreIsBetter ? ours / socket : socket / ours;
+}
+
 void compare(const char* figure, bool moreIsBetter, const Row& base, const Row& ours,
              std::vector<Comparison>& slower) {
   auto rounds = pairedRatios(base, ours, figure, moreIsBetter);
@@ -87,7 +96,8 @@ std::vector<Ratio> computeRatios(const Results& results) {
     auto rounds = pairedRatios(*base, *ours, spec.figure, spec.moreIsBetter);
     if (rounds.empty()) continue;
     auto ends = std::minmax_element(rounds.begin(), rounds.end());
-    ratios.push_back({ spec.key, median(rounds), *ends.first, *ends.second });
+    ratios.push_back({ spec.key, median(rounds), *ends.first, *ends.second,
+                       ratioOfRpcAlone(results, spec, *base) });
   }
   return ratios;
 }

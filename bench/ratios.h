@@ -13,6 +13,9 @@ struct Ratio {
   std::string key;
   double value;        // In our favour, if above 1. The median over the rounds' own ratios.
   double least, most;  // Of the rounds.
+  kj::Maybe<double> rpcAlone;
+  // What it would be if nothing but RPC itself took time, both vats in one process; by the medians
+  // of all rounds. If the case has that transport.
 };
 
 std::vector<Ratio> computeRatios(const Results& results);

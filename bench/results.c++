@@ -114,7 +114,7 @@ JsonObject describeMachine() {
   auto memoryKib = strtoull(afterColon(memory, "MemTotal").c_str(), nullptr, 10);
   result.number("memory_bytes", memoryKib * 1024);
   result.text("kernel", std::string(name.sysname) + " " + name.release + " " + name.machine);
-  #if __clang__
+#if __clang__
   result.text("compiler", __VERSION__);
 #else
   result.text("compiler", "GCC " __VERSION__);
@@ -220,12 +220,13 @@ kj::String Results::toJson(bool quick) const {
     rowObjects.push_back(object);
   }
 
-  JsonObject ratios, ratioRanges;
+  JsonObject ratios, ratioRanges, rpcAlone;
   for (auto& ratio: computeRatios(*this)) {
     ratios.number(ratio.key, rounded(ratio.value));
     JsonObject range;
     range.number("least", rounded(ratio.least)).number("most", rounded(ratio.most));
     ratioRanges.object(ratio.key, range);
+    KJ_IF_MAYBE(value, ratio.rpcAlone) rpcAlone.number(ratio.key, rounded(*value));
   }
 
   std::vector<JsonObject> slower;
@@ -259,7 +260,8 @@ kj::String Results::toJson(bool quick) const {
 
   JsonObject top;
   top.array("results", kj::mv(rowObjects)).object("ratios", ratios);
-  top.object("ratio_ranges", ratioRanges).array("slower_than_twoparty", slower);
+  top.object("ratio_ranges", ratioRanges).object("rpc_alone", rpcAlone);
+  top.array("slower_than_twoparty", slower);
   top.object("machine", describeMachine()).object("noise", noise).array("notes", noteTexts);
   top.boolean("quick", quick);
 

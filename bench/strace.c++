@@ -122,26 +122,21 @@ kj::Maybe<double> systemCallsByStrace(Pair& pair, Task::Builder task, bool quick
   task.setCountSystemCalls(false);
   // strace sees everything, the beginning and the end of a slice too. The difference between two is
   // the calls'.
-  uint64_t calls = kj::max(LEAST_CALLS, LEAST_ROUNDS * task.getWindow()), next = 2 * calls;
-  KJ_IF_MAYBE(least, countOnce(pair, task, calls, path)) {
-    double before = *least;
-    for (;;) {
-      uint64_t begin = now();
-      double count;
-      KJ_IF_MAYBE(c, countOnce(pair, task, next, path)) {
-        count = *c;
-      } else {
-        return nullptr;
-      }
-      if (quick || (now() - begin) * 1e-9 > ENOUGH_SECONDS) {
-        return kj::max(0.0, count - before) / (next - calls);
-      }
-      before = count;
-      calls = next;
-      next *= GROWTH;
+  uint64_t calls = kj::max(LEAST_CALLS, LEAST_ROUNDS * task.getWindow()), more = 2 * calls;
+  auto before = countOnce(pair, task, calls, path);
+  for (;;) {
+    uint64_t begin = now();
+    auto after = countOnce(pair, task, more, path);
+    bool enough = quick || (now() - begin) * 1e-9 > ENOUGH_SECONDS;
+    if (before == nullptr || after == nullptr) return nullptr;
+    if (enough) {
+      double difference = KJ_ASSERT_NONNULL(after) - KJ_ASSERT_NONNULL(before);
+      return kj::max(0.0, difference) / (more - calls);
     }
+    before = after;
+    calls = more;
+    more *= GROWTH;
   }
-  return nullptr;
 }
 
 }  // namespace bench
