@@ -51,6 +51,7 @@ struct Task {
   # If not 0, measure so many calls instead.
   countSystemCalls @8 :Bool;
   # Try to count system calls. (Counting slows them down, so the times are worth less.)
+  callsEach @9 :UInt32 = 1;
 }
 
 struct Figure {

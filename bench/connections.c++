@@ -46,11 +46,13 @@ void connectionsBusy(Session& session, Task::Reader task, Figures& figures) {
 }
 
 void connectTime(Session& session, Task::Reader task, Figures& figures) {
-  // From nothing to the answer of the first call.
+  // From nothing to the answer of the first call, or of the last of a few.
   Slice slice(session, task);
   slice.run([&]() {
     auto connection = session.connect();
-    session.echo(connection.target).wait(session.waitScope());
+    for (uint i = 0; i < task.getCallsEach(); i++) {
+      session.echo(connection.target).wait(session.waitScope());
+    }
   });
   slice.report(figures);
 }

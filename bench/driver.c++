@@ -103,6 +103,7 @@ private:
     task.setWindow(kj::max(job.parameters.window, 1u));
     task.setGapMicroseconds(job.parameters.gapMicroseconds);
     task.setConnections(kj::max(job.parameters.connections, 1u));
+    task.setCallsEach(kj::max(job.parameters.callsEach, 1u));
     task.setSeconds(options.tiny ? 0.005 : job.seconds);
     task.setWarmUpSeconds(options.tiny ? 0.001 : job.warmUpSeconds);
     task.setCalls(options.tiny ? kj::min(job.calls, uint64_t(1000)) : job.calls);

@@ -3,7 +3,7 @@
 
 import json
 
-PARAMETERS = ("payload_bytes", "window", "gap_us", "connections")
+PARAMETERS = ("payload_bytes", "window", "gap_us", "connections", "calls_each")
 
 # What issue and README ask of each key of "ratios": at least, and the aim. Two idle cores, against
 # Cap'n Proto 0.9.2.
@@ -53,6 +53,8 @@ def describe(row):
     if "connections" in row:
         count = row["connections"]
         parts.append(f"{count:g} connection" + ("s" if count > 1 else ""))
+    if "calls_each" in row:
+        parts.append(f"{row['calls_each']:g} calls each")
     return ", ".join(parts)
 
 

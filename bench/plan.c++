@@ -41,16 +41,16 @@ public:
     addPeers(small);
     for (uint gap: { 100, 1000, 10000 }) addGap(gap);
     for (uint size: { 1, 16, 256 }) {
-      add("window", brief ? Transports(BRIEF_WINDOW) : Transports(ALL), window(size));
+      add("window", brief ? Transports(BRIEF_WINDOW) : Transports(ALL), Parameters::ofWindow(size));
     }
     addPayloads();
     for (auto bytes: { 64 * KIB, 1 * MIB, 16 * MIB }) {
-      add("first_param_rw", FEW, payload(bytes)).countSystemCalls = false;
-      add("second_param_rw", FEW, payload(bytes)).countSystemCalls = false;
+      add("first_param_rw", FEW, Parameters::ofPayload(bytes)).countSystemCalls = false;
+      add("second_param_rw", FEW, Parameters::ofPayload(bytes)).countSystemCalls = false;
     }
-    add("stream", MAIN, payload(64 * KIB));
-    add("stream_rw", MAIN, payload(64 * KIB));
-    add("held", FEW, payload(4 * KIB));
+    add("stream", MAIN, Parameters::ofPayload(64 * KIB));
+    add("stream_rw", MAIN, Parameters::ofPayload(64 * KIB));
+    add("held", FEW, Parameters::ofPayload(4 * KIB));
     addBesideBusy();
     addConnections();
     add("one_core", MAIN).environment = Job::ONE_CORE;
@@ -60,7 +60,7 @@ public:
     add("raw", ROUND_TRIPS).countSystemCalls = false;
     add("raw", WORK).countSystemCalls = false;
     for (auto bytes: { 64 * KIB, 1 * MIB, 16 * MIB }) {
-      add("raw", MEMORY, payload(bytes)).countSystemCalls = false;
+      add("raw", MEMORY, Parameters::ofPayload(bytes)).countSystemCalls = false;
     }
     return kj::mv(plan);
   }
@@ -71,22 +71,6 @@ private:
   const DriverOptions& options;
   const bool brief;
   std::vector<Job> plan;
-
-  static Parameters payload(uint64_t bytes) {
-    Parameters result;
-    result.payloadBytes = bytes;
-    return result;
-  }
-  static Parameters window(uint size) {
-    Parameters result;
-    result.window = size;
-    return result;
-  }
-  static Parameters connections(uint count) {
-    Parameters result;
-    result.connections = count;
-    return result;
-  }
 
   Job& add(kj::StringPtr caseName, Transports transports, Parameters parameters = {}) {
     Job job;
@@ -124,7 +108,7 @@ private:
       kj::StringPtr caseName = name;
       bool isParam = caseName.startsWith("param");
       for (uint64_t bytes: sizes(caseName)) {
-        auto& job = add(caseName, payloadTransports(isParam), payload(bytes));
+        auto& job = add(caseName, payloadTransports(isParam), Parameters::ofPayload(bytes));
         if (bytes >= 64 * KIB) job.transports.push_back("sealed");
         addPeers(job);
         if (brief) {
@@ -166,7 +150,7 @@ private:
     for (uint count: { 2, 100, 1000 }) {
       if (brief && count > 100) continue;
       for (auto name: { "connections", "connections_busy" }) {
-        auto& job = add(name, FEW, connections(count));
+        auto& job = add(name, FEW, Parameters::ofConnections(count));
         job.countSystemCalls = count < 1000;
         if (brief) job.rounds = 2;
       }
@@ -185,16 +169,21 @@ private:
   void addOnce() {
     Transports transports = brief ? Transports(FEW) : Transports(BETWEEN_PROCESSES);
     add("connect", transports);
-    auto& memory = add("memory", transports, connections(options.tiny ? 20 : brief ? 200 : 1000));
+    for (uint count: { 2, 5, 20 }) {
+      if (brief && count != 2) continue;
+      add("connect", FEW, Parameters::ofCallsEach(count)).countSystemCalls = !brief;
+    }
+    auto& memory = add("memory", transports,
+        Parameters::ofConnections(options.tiny ? 20 : brief ? 200 : 1000));
     memory.rounds = 1;
     memory.countSystemCalls = false;
     for (uint count: { 1, 100 }) {
-      auto& idle = add("idle", transports, connections(count));
+      auto& idle = add("idle", transports, Parameters::ofConnections(count));
       idle.rounds = brief ? 1 : 3;
       idle.seconds = brief ? 0.25 : 2.0;
       idle.countSystemCalls = false;
     }
-    auto& pages = add("pages", SHARED, window(16));
+    auto& pages = add("pages", SHARED, Parameters::ofWindow(16));
     pages.rounds = 1;
     pages.calls = brief ? 100000 : 1000000;
     pages.countSystemCalls = false;
@@ -222,6 +211,7 @@ kj::String describe(const Parameters& parameters) {
   if (parameters.window > 0) parts.add(kj::str("window ", parameters.window));
   if (parameters.gapMicroseconds > 0) parts.add(kj::str("gap ", parameters.gapMicroseconds, " us"));
   if (parameters.connections > 0) parts.add(kj::str(parameters.connections, " connections"));
+  if (parameters.callsEach > 0) parts.add(kj::str(parameters.callsEach, " calls each"));
   return kj::strArray(parts, ", ");
 }
 

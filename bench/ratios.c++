@@ -22,18 +22,6 @@ struct Spec {
   const char* transport;
 };
 
-Parameters payload(uint64_t bytes) {
-  Parameters result;
-  result.payloadBytes = bytes;
-  return result;
-}
-
-Parameters windowOf(uint window) {
-  Parameters result;
-  result.window = window;
-  return result;
-}
-
 const Spec SPECS[] = {
   { "small_p50_spin", "small_call", {}, "p50_us", false, "copy-spin" },
   { "small_p99_spin", "small_call", {}, "p99_us", false, "copy-spin" },
@@ -42,14 +30,15 @@ const Spec SPECS[] = {
   { "small_cpu_default", "small_call", {}, "cpu_us_per_call", false, "default" },
   { "small_cpu_nospin", "small_call", {}, "cpu_us_per_call", false, "copy-nospin" },
   { "small_p50_plain_ctor", "small_call", {}, "p50_us", false, "plain-ctor" },
-  { "window256_copy", "window", windowOf(256), "calls_per_s", true, "copy-spin" },
-  { "param16k_copy_spin", "param", payload(16 << 10), "p50_us", false, "copy-spin" },
-  { "param64k_copy_spin", "param", payload(64 << 10), "p50_us", false, "copy-spin" },
-  { "param1m_copy_rw", "param_rw", payload(1 << 20), "p50_us", false, "copy-spin" },
-  { "param1m_inplace", "param", payload(1 << 20), "p50_us", false, "inplace-spin" },
-  { "param16m_inplace", "param", payload(16 << 20), "p50_us", false, "inplace-spin" },
-  { "stream_copy", "stream", payload(64 << 10), "bytes_per_s", true, "copy-spin" },
-  { "stream_copy_rw", "stream_rw", payload(64 << 10), "bytes_per_s", true, "copy-spin" },
+  { "window256_copy", "window", Parameters::ofWindow(256), "calls_per_s", true, "copy-spin" },
+  { "param16k_copy_spin", "param", Parameters::ofPayload(16 << 10), "p50_us", false, "copy-spin" },
+  { "param64k_copy_spin", "param", Parameters::ofPayload(64 << 10), "p50_us", false, "copy-spin" },
+  { "param1m_copy_rw", "param_rw", Parameters::ofPayload(1 << 20), "p50_us", false, "copy-spin" },
+  { "param1m_inplace", "param", Parameters::ofPayload(1 << 20), "p50_us", false, "inplace-spin" },
+  { "param16m_inplace", "param", Parameters::ofPayload(16 << 20), "p50_us", false, "inplace-spin" },
+  { "stream_copy", "stream", Parameters::ofPayload(64 << 10), "bytes_per_s", true, "copy-spin" },
+  { "stream_copy_rw", "stream_rw", Parameters::ofPayload(64 << 10), "bytes_per_s", true,
+    "copy-spin" },
   { "one_core", "one_core", {}, "p50_us", false, "default" },
   { "loaded", "loaded", {}, "p50_us", false, "default" },
 };

@@ -200,6 +200,7 @@ kj::String Results::toJson(bool quick) const {
     if (parameters.window > 0) object.number("window", parameters.window);
     if (parameters.gapMicroseconds > 0) object.number("gap_us", parameters.gapMicroseconds);
     if (parameters.connections > 0) object.number("connections", parameters.connections);
+    if (parameters.callsEach > 0) object.number("calls_each", parameters.callsEach);
     if (!row->error.empty()) object.text("error", row->error);
     for (auto& name: row->figures()) {
       double value = name == "shared_bytes" ? row->most(name) : row->median(name);

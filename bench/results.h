@@ -23,10 +23,25 @@ struct Parameters {
   uint window = 0;
   uint gapMicroseconds = 0;
   uint connections = 0;
+  uint callsEach = 0;  // On each of the connections that a case makes, if not one.
 
   bool operator==(const Parameters& other) const {
     return payloadBytes == other.payloadBytes && window == other.window &&
-        gapMicroseconds == other.gapMicroseconds && connections == other.connections;
+        gapMicroseconds == other.gapMicroseconds && connections == other.connections &&
+        callsEach == other.callsEach;
+  }
+
+  static Parameters ofPayload(uint64_t bytes) { return with(&Parameters::payloadBytes, bytes); }
+  static Parameters ofWindow(uint size) { return with(&Parameters::window, size); }
+  static Parameters ofConnections(uint count) { return with(&Parameters::connections, count); }
+  static Parameters ofCallsEach(uint count) { return with(&Parameters::callsEach, count); }
+
+private:
+  template <typename T>
+  static Parameters with(T Parameters::*parameter, T value) {
+    Parameters result;
+    result.*parameter = value;
+    return result;
   }
 };
 

@@ -17,12 +17,19 @@ using conformance::RootImpl;
 using kj::uint;
 
 struct Obstacle {
-  const char* name;
-  std::vector<std::string> arguments;  // Of the helper.
-  const char* atHelper;
-  const char* atTest;
-  // Why it is plain, in the words of each side.
+  const char* denied;  // To the helper, by its system.
+  const char* reason;  // Why it stays plain then.
+
+  std::vector<std::string> arguments() const { return { std::string("deny=") + denied }; }
+  kj::String reported() const { return kj::str("the peer declined: ", reason); }
 };
+
+std::vector<Obstacle> refusals(const char* reasonWithoutFiles) {
+  // That depends on who needs a file first.
+  return { { "memfd", "this side cannot make shared memory" },
+           { "map", "cannot map the peer's shared memory" },
+           { "files", reasonWithoutFiles } };
+}
 
 class Fallback: public ProcessTest {
 protected:
@@ -45,26 +52,26 @@ protected:
 
   void runWithServer(const Obstacle& obstacle) {
     // The helper is the server.
-    auto peer = start(mode().arguments("serve", obstacle.arguments));
+    auto peer = start(mode().arguments("serve", obstacle.arguments()));
     auto end = newEnd(kj::mv(peer.stream), Side::CLIENT);
     end->start(nullptr);
     EXPECT_EQ("ready", peer.process->line());
     runWorkload(end->root(), io.waitScope);
-    expectPlain(*end, obstacle.atTest);
+    expectPlain(*end, obstacle.reported().cStr());
     EXPECT_EQ(0, resourcesOf(peer.process->getPid()).regions);
     end = nullptr;
-    expectReport(peer.process->line(), obstacle.atHelper);
+    expectReport(peer.process->line(), obstacle.reason);
     EXPECT_EQ(0, peer.process->wait());
   }
 
   void runWithClient(const Obstacle& obstacle) {
-    auto peer = start(mode().arguments("call", obstacle.arguments));
+    auto peer = start(mode().arguments("call", obstacle.arguments()));
     auto end = newEnd(kj::mv(peer.stream), Side::SERVER);
     end->start(capnp::Capability::Client(kj::heap<RootImpl>(state)));
     await(end->network.onDisconnect());
-    expectReport(peer.process->line(), obstacle.atHelper);
+    expectReport(peer.process->line(), obstacle.reason);
     EXPECT_EQ(0, peer.process->wait());
-    expectPlain(*end, obstacle.atTest);
+    expectPlain(*end, obstacle.reported().cStr());
     EXPECT_EQ(0, state.running);
   }
 };
@@ -86,14 +93,8 @@ TEST_P(Fallback, HelperCanBeDeniedNothing) {
 TEST_P(Fallback, SystemRefusesInTheServer) {
   CAPNP_SHM_NEEDS_SECCOMP;
   auto before = resourcesOf();
-  for (auto& obstacle: std::vector<Obstacle> {
-      { "memfd", { "deny=memfd" }, "this side cannot make shared memory",
-        "the peer declined: this side cannot make shared memory" },
-      { "map", { "deny=map" }, "cannot map the peer's shared memory",
-        "the peer declined: cannot map the peer's shared memory" },
-      { "files", { "deny=files" }, "file descriptors do not pass",
-        "the peer declined: file descriptors do not pass" } }) {
-    SCOPED_TRACE(obstacle.name);
+  for (auto& obstacle: refusals("file descriptors do not pass")) {
+    SCOPED_TRACE(obstacle.denied);
     runWithServer(obstacle);
   }
   EXPECT_EQ(before, resourcesOf());
@@ -102,14 +103,8 @@ TEST_P(Fallback, SystemRefusesInTheServer) {
 TEST_P(Fallback, SystemRefusesInTheClient) {
   CAPNP_SHM_NEEDS_SECCOMP;
   auto before = resourcesOf();
-  for (auto& obstacle: std::vector<Obstacle> {
-      { "memfd", { "deny=memfd" }, "this side cannot make shared memory",
-        "the peer declined: this side cannot make shared memory" },
-      { "map", { "deny=map" }, "cannot map the peer's shared memory",
-        "the peer declined: cannot map the peer's shared memory" },
-      { "files", { "deny=files" }, "this side cannot make shared memory",
-        "the peer declined: this side cannot make shared memory" } }) {
-    SCOPED_TRACE(obstacle.name);
+  for (auto& obstacle: refusals("this side cannot make shared memory")) {
+    SCOPED_TRACE(obstacle.denied);
     state.sequence = 0;
     runWithClient(obstacle);
   }
