@@ -30,8 +30,8 @@ public:
   }
 
   void awaitBellSocket() {
-    // Up to and with the offer of one.
-    for (uint i = 0; i < 2; i++) {
+    // Up to and with the offer of one, after eight bells.
+    for (uint i = 0; i < 8; i++) {
       makeItRing();
       expectBell();
     }

@@ -229,7 +229,8 @@ TEST_P(FdsThreaded, ManyCallsAtOnce) {
 TEST_P(Fds, OfACanceledCallAreClosed) {
   auto link = connect(state, fdLimit(1));
   auto root = link->client->root();
-  LoopFixture::settle([&]() { await(root.sequenceRequest().send()); });
+  LoopFixture::settle(
+      [&]() { await(root.sequenceRequest().send()); }, link->client->network);
   turn();
   uint before = openFds();
   auto request = root.neverRequest();
@@ -246,7 +247,8 @@ TEST_P(Fds, OfACanceledCallAreClosed) {
 TEST_P(Fds, OfACallCanceledBeforeItLeavesAreClosed) {
   auto link = connect(state, fdLimit(1));
   auto root = link->client->root();
-  LoopFixture::settle([&]() { await(root.sequenceRequest().send()); });
+  LoopFixture::settle(
+      [&]() { await(root.sequenceRequest().send()); }, link->client->network);
   turn();
   uint before = openFds();
   {
@@ -265,7 +267,8 @@ TEST_P(Fds, OfACallCanceledBeforeItLeavesAreClosed) {
 TEST_P(Fds, OfAnUnusedCapabilityAreClosedWithIt) {
   auto link = connect(state, fdLimit(1));
   auto root = link->client->root();
-  LoopFixture::settle([&]() { await(root.sequenceRequest().send()); });
+  LoopFixture::settle(
+      [&]() { await(root.sequenceRequest().send()); }, link->client->network);
   turn();
   uint before = openFds();
   for (uint i = 0; i < 10; i++) {

@@ -280,7 +280,7 @@ void HostileTest::runAgainstServer(
         [](auto&& response) { return response.getValue(); })));
   };
   // Until the bells have sockets of their own, so that no descriptor comes later.
-  settle(check);
+  settle(check, honest);
   ASSERT_EQ(Transport::SHARED_MEMORY, honest.getStats().outgoing.transport);
 
   auto before = resourcesOf();

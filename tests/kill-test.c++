@@ -263,7 +263,7 @@ protected:
     honest->start(nullptr);
     honestRoot = honest->root();
     // Until all that belongs to the setting up is there or closed.
-    settle([this]() { checkHonest(); });
+    settle([this]() { checkHonest(); }, honest->network);
   }
 
   void TearDown() override {

@@ -131,7 +131,7 @@ TEST_P(ProcessEnd, ServerGoesOnWhenAClientIsKilled) {
         [](auto&& response) { return response.getValue(); })));
   };
   // Until all that belongs to the setting up is there or closed.
-  settle(check);
+  settle(check, honest->network);
 
   auto before = resourcesOf();
   srand48(42);

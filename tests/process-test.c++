@@ -86,7 +86,7 @@ TEST_P(Processes, FileDescriptors) {
     auto end = newEnd(kj::mv(peer.stream), Side::CLIENT, false, MAX);
     end->start(nullptr);
     auto root = end->root();
-    settle([&]() { await(root.sequenceRequest().send().ignoreResult()); });
+    settle([&]() { await(root.sequenceRequest().send().ignoreResult()); }, end->network);
     auto own = resourcesOf();
     auto peers = resourcesOf(peer.process->getPid());
 
@@ -232,7 +232,8 @@ TEST_P(Fork, ChildHarmsNeitherItselfNorTheConnection) {
   unsent->setData(conformance::pattern(20000, 4));
   auto slow = kj::heap<kj::Promise<void>>(root.slowRequest().send().ignoreResult());
   check();  // By then, memory for these is there.
-  settle([&]() { await(root.sequenceRequest().send().ignoreResult()); ++sequence; });
+  settle([&]() { await(root.sequenceRequest().send().ignoreResult()); ++sequence; },
+      end->network);
   auto before = resourcesOf();
   EXPECT_EQ(mode().isShared(), before.regions > 0);
 

@@ -119,7 +119,7 @@ protected:
       sendNumbered(*server->connection, number, 10);
       expectNumbers(*server, number, 1);
       expectNumbers(*client, number++, 1);
-    });
+    }, client->network);
   }
 
   void expectNumbers(Party& party, uint64_t first, uint64_t count) {

@@ -107,6 +107,15 @@ TEST(Setup, ShutdownLeavesTheSocketOpenForBellsUntilNobodyReceives) {
   EXPECT_EQ(0, end.wait(peer.io.waitScope));
 }
 
+TEST(Setup, ShutdownAfterThePeerIsGoneIsNoError) {
+  // There is nobody to whom the end of our messages could be said.
+  HandMadePeer peer;
+  peer.upgrade();
+  peer.pipe.ends[1] = nullptr;
+  peer.settle();
+  peer.connection->shutdown().wait(peer.io.waitScope);
+}
+
 TEST(Setup, EndIsTheEnd) {
   HandMadePeer peer;
   peer.upgrade();

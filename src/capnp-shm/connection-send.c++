@@ -362,8 +362,11 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
     drained = kj::mv(paf.promise);
     drainedFulfiller = kj::mv(paf.fulfiller);
   }
-  return drained.then([this]() {
+  return drained.then([this]() -> kj::Promise<void> {
     if (!isConfirmed()) return endWriting();  // It became a plain stream.
+    // Nobody is there to read it, mostly because it is the peer that has ended the connection. Two
+    // exceptions would come of trying, and cost more than all the rest of a connection's end.
+    if (isHungUp()) return kj::READY_NOW;
     // The peer may have messages waiting for room in shared memory, so the socket must stay open
     // for our bells until nobody wants those messages.
     auto message = kj::heap<ControlMessage>();

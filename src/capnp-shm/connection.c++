@@ -13,8 +13,9 @@ namespace capnpshm {
 
 namespace {
 
-constexpr uint64_t BELLS_BEFORE_SOCKET = 2;
-// A connection that is used now and then needs no further descriptors.
+constexpr uint64_t BELLS_BEFORE_SOCKET = 8;
+// A connection that is used now and then needs no further descriptors, and one of a few calls would
+// pay as much for the socket as for all of its bells.
 
 uint64_t currentCpu() {
   // As RegionHeader::cpu has it. Nanoseconds, without a system call.
