@@ -67,7 +67,21 @@ void besideBusy(Session& session, Task::Reader task, Figures& figures) {
   Pause pause(session.io, task.getGapMicroseconds());
   Slice slice(session, task);
   auto busy = lanes.goOn();
-  slice.run([&]() { session.echo(session.target()).wait(session.waitScope()); }, pause);
+  auto call = [&]() { session.echo(session.target()).wait(session.waitScope()); };
+  // Not run(): all stand still while start() takes its figures, and what comes after is what it takes
+  // them to get going again.
+  slice.start();
+  slice.warmUp([&]() {
+    call();
+    pause();
+  });
+  do {
+    uint64_t begin = now();
+    call();
+    slice.record(now() - begin);
+    pause();
+  } while (slice.more());
+  slice.stop();
   // CPU and system calls are the others'.
   slice.reportLatencies(figures);
 }

@@ -5,6 +5,7 @@
 
 #include "turn-end-fixture.h"
 
+#include <algorithm>
 #include <kj/debug.h>
 #include <kj/vector.h>
 
@@ -92,8 +93,47 @@ TEST_F(TurnFairness, WhoFindsNothingForLongGoesToSleep) {
   seldom.active();
   turn();
   EXPECT_GE(idleSleepsAt, 4096u);
-  EXPECT_LE(idleSleepsAt, 4096u + 64 + 1);
+  EXPECT_LE(idleSleepsAt, 4096u + 2);
   EXPECT_EQ(0u, seldomSleepsAt) << "not as long as the loop is awake";
+}
+
+TEST_F(TurnFairness, FewGoToSleepInOneTurn) {
+  // Or a message would have to wait until all do.
+  constexpr uint COUNT = 80;
+  BusyMember busy(log, 8);
+  auto members = addMembers(busy, COUNT);
+  for (auto& member: members) member->member.quiet = false;
+  uint most = 0, asleep = 0;
+  busy.onTurn = [&]() {
+    auto count = uint(std::count(log.begin(), log.end(), 'S'));
+    most = kj::max(most, count);
+    asleep += count;
+    log.clear();
+    busy.running = busy.turns < 5000;
+  };
+  turn();
+  EXPECT_EQ(COUNT, asleep);
+  EXPECT_LE(most, 4u);
+}
+
+TEST_F(TurnFairness, SleepersThatHadSomethingMakeThePortDue) {
+  // The bell of each waits there.
+  BusyMember busy(log, 8);
+  busy.running = false;
+  auto members = addMembers(busy, 8);
+  turn();
+  for (uint i = 0; i < 4; i++) members[i]->thereFrom = 10 * (i + 1);
+  kj::Vector<uint64_t> due;
+  busy.running = true;
+  busy.onTurn = [&]() {
+    if (turnEnd->mustYield()) due.add(busy.turns);
+    busy.running = busy.turns < 60;
+  };
+  busy.member.active();
+  turn();
+  ASSERT_EQ(1u, due.size());
+  EXPECT_GE(due[0], 40u);
+  EXPECT_LE(due[0], 42u);
 }
 
 TEST_F(TurnFairness, SleepersAreLookedAtInTurn) {

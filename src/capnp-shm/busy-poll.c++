@@ -178,7 +178,7 @@ void TurnEnd::run() {
     found = !awake.empty() && lookCount == 0 && (spin() || prepare());
   }
   if (found || lookAtPort()) {
-    if (turns % TURNS_BETWEEN_DISMISSALS == 0) dismissIdle();
+    dismissIdle();
   } else {
     lookCount = 0;
     batch.clear();
@@ -230,7 +230,7 @@ bool TurnEnd::poll() {
   // Only some of those that have something, so that their peers need not wait for all. The others
   // come before them next time.
   awake.moveReadyTo(batch, MAX_MESSAGES_A_TURN);
-  asleep.moveReadyTo(batch, nextSleeper, OTHERS_A_LOOK);
+  moveReadySleepers();
   return proceed();
 }
 
@@ -240,8 +240,16 @@ bool TurnEnd::pollSome() {
   size_t last = awake.size() - kj::min(awake.size(), LATELY);
   awake.moveReadyTo(batch, last, LATELY);
   if (awake.size() > LATELY) awake.moveReadyTo(batch, nextAwake, OTHERS_A_LOOK);
-  asleep.moveReadyTo(batch, nextSleeper, OTHERS_A_LOOK);
+  moveReadySleepers();
   return proceed();
+}
+
+inline void TurnEnd::moveReadySleepers() {
+  size_t before = batch.size();
+  asleep.moveReadyTo(batch, nextSleeper, OTHERS_A_LOOK);
+  if (batch.size() == before) return;
+  sleepersSincePort += batch.size() - before;
+  if (sleepersSincePort >= MAX_SLEEPERS_WITHOUT_PORT) portIsDue = true;
 }
 
 inline bool TurnEnd::proceed() {
@@ -336,12 +344,18 @@ void TurnEnd::putToSleep(Member& member) {
 }
 
 void TurnEnd::dismissIdle() {
+  // Those of a few. To put one to sleep takes some microseconds, so that all at once would make a
+  // call wait.
   uint64_t most = kj::min(MAX_IDLE_TURNS, MAX_IDLE_LOOKS / kj::max(awake.size(), size_t(1)));
-  batch.clear();
-  for (size_t i = 0; i < awake.size(); i++) {
-    if (turns - awake[i].lastActive >= most) batch.add(&awake[i]);
+  for (size_t i = kj::min(awake.size(), DISMISSALS_A_TURN); i > 0 && !awake.empty(); i--) {
+    if (nextToDismiss >= awake.size()) nextToDismiss = 0;
+    auto& member = awake[nextToDismiss];
+    if (turns - member.lastActive >= most) {
+      putToSleep(member);  // Another takes its place.
+    } else {
+      ++nextToDismiss;
+    }
   }
-  for (auto member: batch) putToSleep(*member);
 }
 
 void TurnEnd::lookAtClock() {
@@ -357,6 +371,7 @@ void TurnEnd::lookAtClock() {
 
 void TurnEnd::portHasRun() {
   messagesSincePort = 0;
+  sleepersSincePort = 0;
   bytesSincePort = 0;
   withoutPortSince = 0;
   portIsDue = false;

@@ -153,6 +153,9 @@ private:
   static constexpr uint MAX_MESSAGES_WITHOUT_PORT = 2048;
   static constexpr size_t MAX_BYTES_WITHOUT_PORT = 4 << 20;
   static constexpr uint64_t MAX_NANOSECONDS_WITHOUT_PORT = 4000000;
+  static constexpr size_t MAX_SLEEPERS_WITHOUT_PORT = 4;
+  // That were found to have something. The bell of each waits there, and takes some microseconds to
+  // take; so not too many of them at once.
   static constexpr uint64_t FEW_NANOSECONDS_WITHOUT_PORT = 1000000;
   static constexpr uint MANY_MESSAGES_WITHOUT_PORT = 512;
   // If the port is known, both together are enough: the latter keep that below one system call in a
@@ -165,7 +168,8 @@ private:
   // For how many turns a member stays awake that finds nothing, and for how many looks at all that
   // do. The former cost less than a bell, which takes both sides some 15 µs: as in the ski rental
   // problem, twice the best that could be done at most. The latter keep a round of looking short.
-  static constexpr uint64_t TURNS_BETWEEN_DISMISSALS = 64;
+  static constexpr size_t DISMISSALS_A_TURN = 4;
+  // At most, and so many members are looked at for that, in turn.
   static constexpr size_t OTHERS_A_LOOK = 16;
   // So many of those that sleep, or are awake but were not active lately.
   static constexpr size_t LATELY = 8;
@@ -245,6 +249,7 @@ private:
   size_t nextSleeper = 0;                 // To be looked at,
   size_t nextAwake = 0;                   // between turns.
   size_t nextToPrepare = 0;               // Of those awake, counted from the last.
+  size_t nextToDismiss = 0;               // Of those awake, if it has been idle for long.
   uint64_t turns = 0;
   kj::Maybe<kj::Promise<void>> pending;   // That will call run().
   kj::Maybe<kj::Promise<void>> finished;  // That called it last.
@@ -266,6 +271,7 @@ private:
   uint64_t busyUntil = 0;                 // As far as can be told from what was moved.
   uint messagesSincePort = 0;
   size_t bytesSincePort = 0;
+  size_t sleepersSincePort = 0;
   uint64_t withoutPortSince = 0;          // When we first looked at the clock since then; or 0.
   bool portIsDue = false;
   uint64_t asleepSince = 0;               // Or 0 if the loop is awake,
@@ -277,6 +283,7 @@ private:
   void flush();
   bool poll();
   bool pollSome();
+  void moveReadySleepers();
   bool proceed();
   void chooseBudget();
   bool spin();
