@@ -75,12 +75,7 @@ void besideBusy(Session& session, Task::Reader task, Figures& figures) {
     call();
     pause();
   });
-  do {
-    uint64_t begin = now();
-    call();
-    slice.record(now() - begin);
-    pause();
-  } while (slice.more());
+  slice.measure(call, pause);
   slice.stop();
   // CPU and system calls are the others'.
   slice.reportLatencies(figures);
