@@ -247,9 +247,7 @@ bool TurnEnd::pollSome() {
 inline void TurnEnd::moveReadySleepers() {
   size_t before = batch.size();
   asleep.moveReadyTo(batch, nextSleeper, OTHERS_A_LOOK);
-  if (batch.size() == before) return;
   sleepersSincePort += batch.size() - before;
-  if (sleepersSincePort >= MAX_SLEEPERS_WITHOUT_PORT) portIsDue = true;
 }
 
 inline bool TurnEnd::proceed() {

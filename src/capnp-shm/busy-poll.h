@@ -140,7 +140,8 @@ public:
     // or timers, other connections and other threads would starve: the port is never polled while
     // the loop has something to do.
     return messagesSincePort >= MAX_MESSAGES_WITHOUT_PORT ||
-        bytesSincePort >= MAX_BYTES_WITHOUT_PORT || portIsDue;
+        bytesSincePort >= MAX_BYTES_WITHOUT_PORT ||
+        sleepersSincePort >= MAX_SLEEPERS_WITHOUT_PORT || portIsDue;
   }
 
   kj::Promise<void> yieldToPort();
