@@ -11,7 +11,7 @@ namespace bench {
 
 namespace {
 
-constexpr uint SETUP_CALLS = 3;
+constexpr uint SETUP_CALLS = 10;
 
 }  // namespace
 
@@ -35,7 +35,7 @@ Session::Connection Session::connect() {
 }
 
 void Session::setUp(Connection& connection) {
-  // A connection switches to shared memory during the first round trips.
+  // A connection switches to shared memory after a few calls.
   for (uint i = 0; i < SETUP_CALLS; i++) echo(connection.target).wait(io.waitScope);
   if (!transport.isShared()) return;
   auto stats = KJ_ASSERT_NONNULL(connection.link->getStats());

@@ -21,6 +21,7 @@ SharedMemoryContext contextOf(const EndMode& mode, kj::AsyncIoContext& io) {
   SharedMemoryContext context;
   if (mode.port) context.port = &io.unixEventPort;
   context.options.trustPeer = mode.trust;
+  context.options.plainCalls = mode.plainCalls();
   if (mode.small) {
     context.options.firstRegionBytes = 16 * 1024;
     context.options.maxBytes = 64 * 1024;
@@ -181,7 +182,7 @@ protected:
 
   void expectServed(AnyClient& client) {
     auto root = client.root();
-    for (int i = 0; i < 3; i++) {
+    for (kj::uint i = 0; i < SHARING_CALLS; i++) {
       auto request = root.addRequest();
       request.setA(i);
       request.setB(40);
@@ -249,8 +250,8 @@ TEST_P(Classes, ClientsOfBothSides) {
     auto server = make(1, mode().server, Side::SERVER);
     expectServed(*client);
     expectServed(*server);  // A CLIENT answers nothing before it speaks itself.
-    EXPECT_EQ(3, states[0].calls);
-    EXPECT_EQ(3, states[1].calls);
+    EXPECT_EQ(SHARING_CALLS, states[0].calls);
+    EXPECT_EQ(SHARING_CALLS, states[1].calls);
   }
 }
 

@@ -92,6 +92,7 @@ Network::Network(const EndMode& mode, kj::UnixEventPort& port, kj::AsyncIoStream
       SharedMemoryContext context;
       if (mode.port) context.port = &port;
       context.options.trustPeer = mode.trust;
+      context.options.plainCalls = mode.plainCalls();
       if (mode.sealed) context.options.sealedThresholdBytes = 16 * 1024;
       if (!mode.spins) context.options.spinMicroseconds = 0;
       if (mode.small) {

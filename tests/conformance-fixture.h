@@ -40,6 +40,11 @@ struct EndMode {
   // Segments of 16 KiB and more are sealed.
   bool spins = true;
   // If not, a connection makes further regions as soon as it could use one.
+
+  kj::uint plainCalls() const {
+    // Few where that can be chosen, for most of what a test does to happen in shared memory.
+    return kind == CONTEXT ? 1 : SharedMemoryOptions().plainCalls;
+  }
 };
 
 enum class StreamKind {
@@ -67,6 +72,10 @@ std::vector<Mode> socketModes();
 
 inline std::string modeName(const testing::TestParamInfo<Mode>& info) { return info.param.name; }
 inline void PrintTo(const Mode& mode, std::ostream* out) { *out << mode.name; }
+
+constexpr kj::uint SHARING_CALLS = SharedMemoryOptions().plainCalls + 2;
+// After so many calls of the client's, one after the other, a connection is shared in every mode in
+// which it ever is.
 
 struct LinkOptions {
   // What a test wants of both ends.

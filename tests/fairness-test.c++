@@ -273,7 +273,9 @@ TEST_P(Fairness, OthersGoOnWhileOneConnectionIsNeverQuiet) {
   for (auto& end: ends) {
     end->start(nullptr);
     roots.add(end->root());
-    for (uint i = 0; i < 3; i++) roots.back().sequenceRequest().send().wait(io.waitScope);
+    for (uint i = 0; i < SHARING_CALLS; i++) {
+      roots.back().sequenceRequest().send().wait(io.waitScope);
+    }
   }
   for (size_t i = 1; i < ends.size(); i++) ends[i]->expectTransport(mode.expected);
 
@@ -367,7 +369,9 @@ protected:
       ends.add(newEnd(GetParam().client, io, pair.here));
       ends.back()->start(nullptr);
       roots.add(ends.back()->root());
-      for (uint i = 0; i < 3; i++) roots.back().sequenceRequest().send().wait(io.waitScope);
+      for (uint i = 0; i < SHARING_CALLS; i++) {
+      roots.back().sequenceRequest().send().wait(io.waitScope);
+    }
       ends.back()->expectTransport(Transport::SHARED_MEMORY);
     }
     calls = kj::heapArray<uint64_t>(count);

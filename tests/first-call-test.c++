@@ -5,8 +5,8 @@
 #include <capnp-shm/busy-poll.h>
 #include <kj/function.h>
 
-// That the first call of a connection needs no shared memory, and that nothing after it does
-// without: until when a client puts off its switch.
+// That a few calls of a connection need no shared memory, and that nothing after them does without:
+// until when a client puts off its switch.
 
 namespace capnpshm {
 namespace testing {
@@ -40,8 +40,10 @@ public:
       m.initCall().getParams().getContent().initAs<capnp::Data>(bytes);
     });
   }
-  void answer() {
-    send(*atServer, [](capnp::rpc::Message::Builder m) { m.initReturn(); });
+  void answer(size_t bytes = 0) {
+    send(*atServer, [&](capnp::rpc::Message::Builder m) {
+      m.initReturn().initResults().getContent().initAs<capnp::Data>(bytes);
+    });
   }
   void receive(Connection& to) {
     ASSERT_TRUE(to.receiveIncomingMessage().wait(io.waitScope) != nullptr);
@@ -132,8 +134,64 @@ TEST(FirstCall, WhoSleepsWithoutTheAnswerDoesNotYet) {
   pair.expectShared();
 }
 
-TEST(FirstCall, IsNotFollowedByOthersOnTheSocket) {
+SharedMemoryOptions withPlainCalls(kj::uint count) {
+  SharedMemoryOptions result;
+  result.plainCalls = count;
+  return result;
+}
+
+TEST(FirstCall, IsFollowedByFewOthersOnTheSocket) {
+  for (kj::uint few: { 1u, 2u, SharedMemoryOptions().plainCalls }) {
+    Pair pair(withPlainCalls(few));
+    for (kj::uint i = 0; i < few; i++) pair.firstCall();
+    EXPECT_EQ(0u, pair.regions());
+    pair.call(*pair.atClient);
+    EXPECT_EQ(1u, pair.messagesInSharedMemory()) << few;
+    pair.receive(*pair.atServer);
+    pair.expectShared();
+  }
+}
+
+TEST(FirstCall, AnswerSharesIfNoneIsToBePlain) {
+  Pair pair(withPlainCalls(0));
+  pair.firstCall();
+  EXPECT_EQ(1u, pair.client.getStats().regions);
+  pair.expectShared();
+}
+
+TEST(FirstCall, IsNotFollowedByOthersOnTheSocketAfterAPause) {
   Pair pair;
+  pair.firstCall();
+  pair.firstCall();
+  EXPECT_EQ(0u, pair.regions());
+  pair.expectShared();
+  uint64_t before = pair.messagesInSharedMemory();
+  pair.call(*pair.atClient);
+  EXPECT_EQ(before + 1, pair.messagesInSharedMemory());
+}
+
+TEST(FirstCall, IsNotFollowedByLargeOnesOnTheSocket) {
+  // Though they were built in private memory, as those are that give no hint.
+  Pair pair;
+  pair.firstCall();
+  pair.call(*pair.atClient, 2048);
+  EXPECT_EQ(1u, pair.messagesInSharedMemory());
+  pair.receive(*pair.atServer);
+  pair.expectShared();
+}
+
+TEST(FirstCall, IsNotFollowedByOthersOnTheSocketIfItsAnswerIsLarge) {
+  Pair pair;
+  pair.call(*pair.atClient);
+  pair.receive(*pair.atServer);
+  pair.answer(2048);
+  pair.receive(*pair.atClient);
+  EXPECT_EQ(1u, pair.client.getStats().regions);
+  pair.expectShared();
+}
+
+TEST(FirstCall, IsNotFollowedByOthersOnTheSocketIfOneIsEnough) {
+  Pair pair(withPlainCalls(1));
   pair.firstCall();
   uint64_t onSocket = pair.client.getStats().outgoing.socketMessages;
   pair.call(*pair.atClient);
@@ -144,7 +202,7 @@ TEST(FirstCall, IsNotFollowedByOthersOnTheSocket) {
 }
 
 TEST(FirstCall, IsNotFollowedByOthersOnTheSocketWhileItIsPending) {
-  Pair pair;
+  Pair pair(withPlainCalls(1));
   pair.call(*pair.atClient);
   pair.receive(*pair.atServer);
   auto receiving = pair.atClient->receiveIncomingMessage().eagerlyEvaluate(nullptr);
@@ -170,22 +228,27 @@ TEST(FirstCall, LargeRequestAfterItIsBuiltInSharedMemory) {
   pair.expectShared();
 }
 
-TEST(FirstCall, ThreeAnswersAreMoreThanThoseOfOne) {
-  // Of a fourth call that is never answered.
-  Pair pair;
-  for (int i = 0; i < 4; i++) {
-    pair.call(*pair.atClient);
-    pair.receive(*pair.atServer);
-  }
-  for (int i = 0; i < 2; i++) {
+TEST(FirstCall, ManyAtOnceShareWithTheFirstAnswer) {
+  // They were sent before it was known that there could be shared memory.
+  for (kj::uint more: { 0u, 1u }) {
+    Pair pair(withPlainCalls(3));
+    for (kj::uint i = 0; i < 3 + more; i++) {
+      pair.call(*pair.atClient);
+      pair.receive(*pair.atServer);
+    }
+    EXPECT_EQ(0u, pair.regions());
     pair.answer();
     pair.receive(*pair.atClient);
-    EXPECT_EQ(0u, pair.regions());
+    EXPECT_EQ(more, pair.regions());
+    if (more == 0) {
+      for (kj::uint i = 0; i < 2; i++) {
+        pair.answer();
+        pair.receive(*pair.atClient);
+      }
+    }
+    EXPECT_EQ(more, pair.regions());
+    pair.expectShared();
   }
-  pair.answer();
-  pair.receive(*pair.atClient);
-  EXPECT_EQ(1u, pair.regions());
-  pair.expectShared();
 }
 
 TEST(FirstCall, PeerThatCallsBackShares) {
@@ -200,7 +263,7 @@ TEST(FirstCall, PeerThatCallsBackShares) {
 
 TEST(FirstCall, IsFollowedByOnesWhileWeWaitForThePort) {
   // What reads the socket already, though not at this moment, is the only one that does.
-  Pair pair;
+  Pair pair(withPlainCalls(2));
   for (int i = 0; i < 2; i++) {
     pair.call(*pair.atClient);
     pair.receive(*pair.atServer);

@@ -12,6 +12,7 @@ std::vector<LiveMode> liveModes() {
   std::vector<LiveMode> result;
   SharedMemoryOptions options;
   options.maxBytes = 4 << 20;
+  options.plainCalls = 1;
   result.push_back({ "copy", options });
   // Few messages are so large that the attackers' library seals them by itself; attackers by hand do.
   options.sealedThresholdBytes = 16 << 10;

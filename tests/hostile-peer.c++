@@ -214,6 +214,7 @@ void HostileTest::run(const Misdeed& misdeed) {
     context.port = &io.unixEventPort;
     context.options.trustPeer = trust;
     context.options.maxBytes = 4 << 20;
+    context.options.plainCalls = 1;
     if (misdeed.acceptSealed) {
       if (trust) continue;
       context.options.sealedThresholdBytes = 16 * 1024;

@@ -451,6 +451,7 @@ TEST_F(HostileTest, HonestPeersMeetNoLimit) {
       SharedMemoryContext context;
       context.options.trustPeer = trust;
       context.options.maxBytes = 4 << 20;
+      context.options.plainCalls = 1;
       context.options.spinMicroseconds = 0;  // So that each call needs its bells.
       context.options.peerLimits = limits;
       conformance::ServerState state;

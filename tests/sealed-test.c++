@@ -90,6 +90,7 @@ protected:
   static SharedMemoryOptions sealing(size_t threshold = THRESHOLD) {
     SharedMemoryOptions options;
     options.sealedThresholdBytes = threshold;
+    options.plainCalls = 1;
     return options;
   }
 

@@ -133,6 +133,7 @@ SharedMemoryContext contextFor(kj::AsyncIoContext& io, bool trust) {
   SharedMemoryContext result;
   result.port = &io.unixEventPort;
   result.options.maxBytes = MAX_BYTES;
+  result.options.plainCalls = 1;
   result.options.trustPeer = trust;
   return result;
 }

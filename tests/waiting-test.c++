@@ -18,6 +18,7 @@ SharedMemoryContext littleMemory(kj::AsyncIoContext& io, bool trustPeer) {
   result.port = &io.unixEventPort;
   result.options.trustPeer = trustPeer;
   result.options.maxBytes = 128 * 1024;
+  result.options.plainCalls = 1;
   return result;
 }
 

@@ -97,7 +97,7 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
           body = m->reader->getRoot<capnp::AnyPointer>();
         }
         mine = handlePlainBody(body, m->fds);
-        if (!mine) switchAfterReceiving(m->reader->getSegment(0));
+        if (!mine) switchAfterReceiving(m->reader->getSegment(0), size.payloadWords);
       })) {
         fail(kj::mv(*exception));
       }

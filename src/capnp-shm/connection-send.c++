@@ -19,7 +19,6 @@ using capnp::word;
 namespace {
 
 constexpr uint MAX_UNRUNG_MESSAGES = 32;
-constexpr uint MIN_WORDS_NOT_PUT_OFF = 256;
 
 constexpr uint MAX_FDS_PER_WRITE = 253;
 // Linux passes no more at once (SCM_MAX_FD).
@@ -45,7 +44,7 @@ kj::Array<kj::AutoCloseFd> duplicate(kj::ArrayPtr<const int> fds) {
 kj::Own<capnp::OutgoingRpcMessage> SharedMemoryConnection::newOutgoingMessage(
     uint firstSegmentWordSize) {
   MessageSender& sender = *this;
-  if (owner.isCurrent() && switchPutOff && firstSegmentWordSize >= MIN_WORDS_NOT_PUT_OFF) {
+  if (owner.isCurrent() && switchPutOff && !mayStayPlain(firstSegmentWordSize)) {
     // Or it would have to be copied.
     beginSwitch();
   }
@@ -80,7 +79,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   outgoingStats.bytes += bytes;
   countCall(message.getSegments());
 
-  if (switchPutOff) switchBeforeSending(message.getSegments());
+  if (switchPutOff) switchBeforeSending(message.getSegments(), size);
   if (failure != nullptr) return;
   if (!outgoingShared && !awaitsTaken) {
     sendPlain(message, kj::mv(fds), bytes);
@@ -147,7 +146,10 @@ void SharedMemoryConnection::countCall(
     kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
   if (segments.size() == 0) return;
   KJ_IF_MAYBE(kind, kindOf(segments[0])) {
-    if (*kind == capnp::rpc::Message::CALL || *kind == capnp::rpc::Message::BOOTSTRAP) {
+    if (*kind == capnp::rpc::Message::CALL) {
+      ++callsSent;
+      ++unansweredCalls;
+    } else if (*kind == capnp::rpc::Message::BOOTSTRAP) {
       ++unansweredCalls;
     }
   }

@@ -16,9 +16,7 @@ namespace {
 constexpr uint FREE_RING_ENTRIES = 512;
 constexpr size_t MIN_FIRST_REGION = 16 * 1024;
 constexpr size_t GROW_AT_ONCE_BYTES = 8 << 20;
-
-constexpr uint RETURNS_OF_ONE_CALL = 2;
-// That of Bootstrap, and its own.
+constexpr size_t MIN_WORDS_NOT_PUT_OFF = 256;
 
 size_t firstRegionBytes(const SharedMemoryOptions& options) {
   size_t pageSize = sysconf(_SC_PAGESIZE);
@@ -234,13 +232,21 @@ void SharedMemoryConnection::handleOffer(protocol::Offer::Reader peerOffer) {
   }
 }
 
-// Many connections are made for one call, and regions cost more than such a call does. So the side
-// that offered first switches when it goes to sleep with the answer and without having closed the
-// connection, or when it is clear before that there will be more: its next message that begins
-// something, whatever the peer begins, or more answers than one call has. The other side follows.
+// Many connections are made for a few calls, and regions cost more than such calls do: as much as
+// some five of them cost over a socket more than in shared memory. So the side that offered first
+// puts its switch off for so many calls that follow each other without a pause; as in the ski
+// rental problem, that costs twice the best that could be done, at most, whatever follows. It
+// switches when it goes to sleep with all answers and without having closed the connection, which
+// costs no call any time; or when it is clear before that there will be more: further calls, a large
+// message, or anything else that one of the sides begins. The other side follows.
+
+bool SharedMemoryConnection::mayStayPlain(size_t words) const {
+  // For a message of that size, which belongs to one of our calls.
+  return words < MIN_WORDS_NOT_PUT_OFF && callsSent <= options.plainCalls;
+}
 
 void SharedMemoryConnection::switchBeforeSending(
-    kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments) {
+    kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments, size_t words) {
   if (segments.size() > 0) {
     KJ_IF_MAYBE(kind, kindOf(segments[0])) {
       switch (*kind) {
@@ -248,6 +254,9 @@ void SharedMemoryConnection::switchBeforeSending(
         case capnp::rpc::Message::RELEASE:
         case capnp::rpc::Message::ABORT:
           return;
+        case capnp::rpc::Message::CALL:
+          if (mayStayPlain(words)) return;
+          break;
         default:
           break;
       }
@@ -256,11 +265,12 @@ void SharedMemoryConnection::switchBeforeSending(
   beginSwitch();
 }
 
-void SharedMemoryConnection::switchAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment) {
+void SharedMemoryConnection::switchAfterReceiving(
+    kj::ArrayPtr<const capnp::word> firstSegment, size_t words) {
   // Of a plain frame that is a message of Cap'n Proto's.
   if (!switchPutOff) return;
   KJ_IF_MAYBE(kind, kindOf(firstSegment)) {
-    if (*kind == capnp::rpc::Message::RETURN && ++returnsBeforeSwitch <= RETURNS_OF_ONE_CALL) {
+    if (*kind == capnp::rpc::Message::RETURN && mayStayPlain(words)) {
       active();  // See flush().
       return;
     }

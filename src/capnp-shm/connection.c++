@@ -119,7 +119,7 @@ void SharedMemoryConnection::flush() {
   // At the end, since messages that waited may be published here.
   KJ_DEFER(unflushedCount = 0; unflushedSize = 0);
   if (switchPutOff && unansweredCalls == 0 && !owner.isForked()) {
-    // The first call is over, and the connection is not.
+    // The first calls are over, and the connection is not.
     beginSwitch();
   }
   if (!isSharing() || failure != nullptr || owner.isForked()) return;

@@ -125,7 +125,6 @@ private:
   bool gotEcho = false;
   bool switchPutOff = false;
   // Both have offered, we unasked, and shall switch as soon as it seems worth it.
-  uint returnsBeforeSwitch = 0;
   bool peerTrustsUs = false;
   uint64_t peersSealedBytes = 0;
   uint peersFdsAhead = MAX_FDS_AHEAD;
@@ -220,6 +219,7 @@ private:
   uint64_t heapWaits = 0;
   uint64_t unansweredCalls = 0;
   // Calls sent less Returns received, as far as can be seen; tells how long to look for messages.
+  uint64_t callsSent = 0;
 
   kj::Own<WindowState> window;
   kj::Maybe<kj::Promise<MaybeMessage>> readAhead;
@@ -242,8 +242,10 @@ private:
   void handleMapped();
   bool switchOutgoing();
   void beginSwitch();
-  void switchBeforeSending(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
-  void switchAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment);
+  bool mayStayPlain(size_t words) const;
+  void switchBeforeSending(
+      kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments, size_t words);
+  void switchAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment, size_t words);
   void startSharing(kj::Own<PeerRegion> region);
   bool isSharing() const { return inbox != nullptr; }
   // The peer's messages come through shared memory, and ours go there.

@@ -64,6 +64,17 @@ struct SharedMemoryOptions {
   // pages, at least 16 KiB. Further regions are added as needed, growing geometrically; the first few
   // messages of up to 8 MiB that lack room go in parts instead, copied, except without spinning.
 
+  uint plainCalls = 8;
+  // How many calls that follow each other without a pause, from the beginning of a connection, may go
+  // over the socket before there is shared memory, if this is the side that offers it first (the
+  // client, usually). The first always does, since its answer tells whether there can be shared
+  // memory; 0 for no more than that one, and then a connection of one call has regions too.
+  //
+  // To make, map and unmap the first regions costs some 400 µs of both sides' CPU time and delays
+  // a call by 200 µs: as much as a few calls gain by them. So a connection that ends before costs
+  // less without. Large messages, calls of the peer's, and a pause in which no call is unanswered
+  // bring shared memory at once; in a pause nobody waits for it.
+
   size_t maxBytes = 256 * 1024 * 1024;
   // Limit for all regions that this side writes on this connection, in bytes. When it is reached
   // nothing fails: messages wait on the heap, in order, until the peer has freed room. Also the
@@ -148,8 +159,8 @@ enum class Transport: uint8_t {
   // Plain frames on the stream, for good.
 
   SHARED_MEMORY
-  // Agreed: the next call, at the latest, goes there. (What ends the first call, a Finish say, may be
-  // a plain frame yet; see docs/PROTOCOL.md 5. If it turns out then that the system refuses memory or
+  // Agreed: the next call goes there, or after a few small ones; see SharedMemoryOptions::plainCalls.
+  // (What ends them, a Finish say, may be a plain frame yet; see docs/PROTOCOL.md 5. If it turns out then that the system refuses memory or
   // a mapping, or that something on the way drops file descriptors, this becomes PLAIN, and nothing
   // is lost.)
 };

@@ -51,6 +51,7 @@ public:
     context.options.firstRegionBytes = REGION_BYTES;
     context.options.maxBytes = 4 * REGION_BYTES;
     context.options.spinMicroseconds = 0;
+    context.options.plainCalls = 1;
     context.options.requireSharedMemory = (flags & 12) == 12;
     Side side = flags & 16 ? Side::SERVER : Side::CLIENT;
     Victim victim(socket, context, side, flags & 32 ? 0 : 2);

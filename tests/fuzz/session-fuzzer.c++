@@ -64,6 +64,7 @@ void run(Socket& socket, Input& input) {
   context.options.firstRegionBytes = SessionPeer::REGION_BYTES;
   context.options.maxBytes = flags & 4 ? 3 * SessionPeer::REGION_BYTES : 256 << 10;
   context.options.spinMicroseconds = 0;
+  context.options.plainCalls = 1;
 
   SessionPeer peer(socket);
   CheckingVictim victim(socket, context, peer);
