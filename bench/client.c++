@@ -11,7 +11,7 @@ namespace bench {
 
 namespace {
 
-constexpr uint SETUP_CALLS = 10;
+constexpr uint SETUP_CALLS = SharedMemoryOptions().plainCalls + 2;
 
 }  // namespace
 

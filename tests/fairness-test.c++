@@ -370,8 +370,8 @@ protected:
       ends.back()->start(nullptr);
       roots.add(ends.back()->root());
       for (uint i = 0; i < SHARING_CALLS; i++) {
-      roots.back().sequenceRequest().send().wait(io.waitScope);
-    }
+        roots.back().sequenceRequest().send().wait(io.waitScope);
+      }
       ends.back()->expectTransport(Transport::SHARED_MEMORY);
     }
     calls = kj::heapArray<uint64_t>(count);

@@ -233,10 +233,9 @@ void SharedMemoryConnection::handleOffer(protocol::Offer::Reader peerOffer) {
 }
 
 // Many connections are made for a few calls, and regions cost more than such calls do: as much as
-// some five of them cost over a socket more than in shared memory. So the side that offered first
-// puts its switch off for so many calls that follow each other without a pause; as in the ski
-// rental problem, that costs twice the best that could be done, at most, whatever follows. It
-// switches when it goes to sleep with all answers and without having closed the connection, which
+// some five of them over a socket. So the side that offered first puts its switch off for a few
+// calls that follow each other without a pause; as in the ski rental problem, what is lost by
+// waiting is then about as much as what the switch costs, whatever follows. It switches when it goes to sleep with all answers and without having closed the connection, which
 // costs no call any time; or when it is clear before that there will be more: further calls, a large
 // message, or anything else that one of the sides begins. The other side follows.
 

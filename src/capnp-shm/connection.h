@@ -220,6 +220,7 @@ private:
   uint64_t unansweredCalls = 0;
   // Calls sent less Returns received, as far as can be seen; tells how long to look for messages.
   uint64_t callsSent = 0;
+  // All of them; tells when to switch.
 
   kj::Own<WindowState> window;
   kj::Maybe<kj::Promise<MaybeMessage>> readAhead;

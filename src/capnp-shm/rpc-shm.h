@@ -71,7 +71,7 @@ struct SharedMemoryOptions {
   // memory; 0 for no more than that one, and then a connection of one call has regions too.
   //
   // To make, map and unmap the first regions costs some 400 µs of both sides' CPU time and delays
-  // a call by 200 µs: as much as a few calls gain by them. So a connection that ends before costs
+  // a call by some 300 µs: as much as a few calls gain by them. So a connection that ends before costs
   // less without. Large messages, calls of the peer's, and a pause in which no call is unanswered
   // bring shared memory at once; in a pause nobody waits for it.
 
