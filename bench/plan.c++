@@ -169,7 +169,7 @@ private:
   void addOnce() {
     Transports transports = brief ? Transports(FEW) : Transports(BETWEEN_PROCESSES);
     add("connect", transports);
-    for (uint count: { 2, 5, 10, 20 }) {
+    for (uint count: { 2, 5, 10, 20, 40 }) {
       if (brief && count != 2) continue;
       add("connect", FEW, Parameters::ofCallsEach(count)).countSystemCalls = !brief;
     }

@@ -67,6 +67,34 @@ private:
 
 INSTANTIATE_TEST_SUITE_P(Modes, Lifetimes, testing::ValuesIn(allModes()), modeName);
 
+class ThrownExceptions: public kj::ExceptionCallback {
+  // Counts what KJ throws on this thread as long as it lives.
+
+public:
+  uint count = 0;
+
+  void onRecoverableException(kj::Exception&& exception) override {
+    ++count;
+    kj::ExceptionCallback::onRecoverableException(kj::mv(exception));
+  }
+  void onFatalException(kj::Exception&& exception) override {
+    ++count;
+    kj::ExceptionCallback::onFatalException(kj::mv(exception));
+  }
+};
+
+TEST_P(Lifetimes, ClientThatLeavesCostsNoException) {
+  // It takes longer than all the rest of a connection's end.
+  if (mode().expected != Transport::SHARED_MEMORY) GTEST_SKIP() << "only without shared memory";
+  auto link = connectBoth();
+  upgrade(*link);
+  ThrownExceptions thrown;
+  link->client->rpc = nullptr;
+  link->client = nullptr;
+  turn();
+  EXPECT_EQ(0u, thrown.count);
+}
+
 struct InFlight {
   // What an application may hold of a connection, with calls under way in both directions.
 

@@ -202,7 +202,7 @@ public:
 
   void send(size_t textSize) {
     auto message = connection->newOutgoingMessage(0);
-    message->getBody().initAs<capnp::rpc::Message>().initAbort().initReason(textSize);
+    message->getBody().initAs<capnp::rpc::Message>().initResolve().initException().initReason(textSize);
     message->send();
   }
 

@@ -230,7 +230,8 @@ TEST_F(HostileTest, WhatIsRightIsDeliveredAndTheRestClosed) {
     peer.upgrade();
 
     capnp::MallocMessageBuilder builder(SEGMENT_WORDS);
-    builder.initRoot<capnp::rpc::Message>().initAbort().initReason(SEGMENT_BYTES / 2);
+    builder.initRoot<capnp::rpc::Message>().initResolve().initException()
+        .initReason(SEGMENT_BYTES / 2);
     auto words = builder.getSegmentsForOutput()[0].asBytes();
     auto unsealed = memfd(0);
     KJ_REQUIRE(pwrite(unsealed, words.begin(), words.size(), 0) == ssize_t(words.size()));
@@ -245,7 +246,8 @@ TEST_F(HostileTest, WhatIsRightIsDeliveredAndTheRestClosed) {
 
     auto message = KJ_ASSERT_NONNULL(await(kj::mv(received)));
     EXPECT_EQ(SEGMENT_BYTES / 2,
-        message->getBody().getAs<capnp::rpc::Message>().getAbort().getReason().size());
+        message->getBody().getAs<capnp::rpc::Message>().getResolve().getException()
+            .getReason().size());
     EXPECT_EQ(1, message->getAttachedFds().size());
     EXPECT_GE(network.getStats().incoming.sealedBytes, words.size());
     EXPECT_FAILS(FAILED, "without the seals", connection->receiveIncomingMessage());

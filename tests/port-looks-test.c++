@@ -88,19 +88,23 @@ TEST_F(LooksAtPort, ForWhatIsAwaitedOnASocketAndNowhereElse) {
   EXPECT_EQ("aF bF bP bS aS ", log);
 }
 
-TEST_F(LooksAtPort, LongerForAnAnswerOnASocket) {
+TEST_F(LooksAtPort, LongerForWhatComesOnASocket) {
   if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
   FakeMember a(log, "a");
   a.awaitingSocket = true;
-  a.answer = true;
-  auto begin = std::chrono::steady_clock::now();
-  EXPECT_GT(looks(a), 0u);
-  EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::microseconds(60));
-  uint turnsWithLooks = 0;
-  for (uint i = 0; i < 1000; i++) turnsWithLooks += looks(a) > 0;
-  EXPECT_LE(turnsWithLooks, 25u) << "in vain";
-  // That says nothing of what a peer wants that is set up already.
-  a.answer = false;
+  // Neither answers nor requests say anything of the other,
+  for (bool answer: { true, false }) {
+    a.answer = answer;
+    auto begin = std::chrono::steady_clock::now();
+    EXPECT_GT(looks(a), 0u) << answer;
+    EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::microseconds(60)) << answer;
+    uint turnsWithLooks = 0;
+    for (uint i = 0; i < 1000; i++) turnsWithLooks += looks(a) > 0;
+    EXPECT_LE(turnsWithLooks, 25u) << "in vain " << answer;
+  }
+  // nor of what a peer wants that is set up already.
+  a.awaitingSocket = false;
+  a.waiting = true;
   EXPECT_GT(looks(a), 0u);
 }
 

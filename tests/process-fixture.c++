@@ -205,8 +205,8 @@ char textByte(uint64_t number, size_t i) { return char('a' + (number * 7 + i) % 
 
 void sendNumbered(Connection& connection, uint64_t number, size_t bytes) {
   auto message = connection.newOutgoingMessage(0);
-  // An Abort means nothing to the network, and has a text.
-  auto exception = message->getBody().initAs<capnp::rpc::Message>().initAbort();
+  // A Resolve means nothing to the network, and has a text.
+  auto exception = message->getBody().initAs<capnp::rpc::Message>().initResolve().initException();
   auto digits = kj::str(number, ' ');
   auto text = exception.initReason(kj::max(bytes, digits.size()));
   for (size_t i = 0; i < text.size(); i++) text[i] = textByte(number, i);
@@ -216,8 +216,8 @@ void sendNumbered(Connection& connection, uint64_t number, size_t bytes) {
 
 uint64_t readNumbered(capnp::IncomingRpcMessage& message) {
   auto body = message.getBody().getAs<capnp::rpc::Message>();
-  KJ_REQUIRE(body.isAbort());
-  auto text = body.getAbort().getReason();
+  KJ_REQUIRE(body.isResolve());
+  auto text = body.getResolve().getException().getReason();
   size_t i = 0;
   uint64_t number = 0;
   for (; text[i] != ' '; i++) {

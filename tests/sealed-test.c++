@@ -137,12 +137,13 @@ protected:
   };
   static Building build(Party& party, size_t bytes) {
     auto message = party.connection->newOutgoingMessage(0);
-    auto text = message->getBody().initAs<capnp::rpc::Message>().initAbort().initReason(bytes);
+    auto text = message->getBody().initAs<capnp::rpc::Message>().initResolve().initException()
+        .initReason(bytes);
     memset(text.begin(), 'a', bytes);
     return { kj::mv(message), text };
   }
   static capnp::Text::Reader textIn(capnp::IncomingRpcMessage& message) {
-    return message.getBody().getAs<capnp::rpc::Message>().getAbort().getReason();
+    return message.getBody().getAs<capnp::rpc::Message>().getResolve().getException().getReason();
   }
   static bool isAll(kj::StringPtr text, char c) {
     for (char x: text) {
@@ -261,7 +262,7 @@ TEST_F(Sealed, OnlyWhatIsLargeEnough) {
   {
     // A large segment of which little is used.
     auto message = client->connection->newOutgoingMessage(1 << 20);
-    message->getBody().initAs<capnp::rpc::Message>().initAbort().setReason("1 ");
+    message->getBody().initAs<capnp::rpc::Message>().initResolve().initException().setReason("1 ");
     message->send();
   }
   expectNumbers(*server, 0, 2);

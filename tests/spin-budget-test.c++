@@ -35,6 +35,16 @@ TEST(SpinBudget, NeverLongerThanAllowed) {
   EXPECT_EQ(100u, budget.next(100));
 }
 
+TEST(SpinBudget, PaysUpToWhatASleepCosts) {
+  SpinBudget usual(SpinBudget::FOR_REQUESTS, LONGEST), dear(SpinBudget::FOR_REQUESTS, LONGEST, 60000);
+  for (int i = 0; i < 100; i++) {
+    usual.hit(55000);
+    dear.hit(55000);
+  }
+  EXPECT_EQ(0u, usual.next(10 * LONGEST));
+  EXPECT_GE(dear.next(10 * LONGEST), 60000u);
+}
+
 TEST(SpinBudget, AsLongAsItPaysAFewTimesWhatItTook) {
   SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   for (int i = 0; i < 1000; i++) {

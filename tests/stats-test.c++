@@ -56,7 +56,8 @@ private:
 
   static void send(Connection& connection, size_t textSize) {
     auto message = connection.newOutgoingMessage(0);
-    auto reason = message->getBody().initAs<capnp::rpc::Message>().initAbort().initReason(textSize);
+    auto reason = message->getBody().initAs<capnp::rpc::Message>().initResolve().initException()
+        .initReason(textSize);
     memset(reason.begin(), 'x', textSize);
     message->send();
   }

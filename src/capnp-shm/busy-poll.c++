@@ -52,7 +52,8 @@ TurnEnd::TurnEnd()
       requests(SpinBudget::FOR_REQUESTS, REQUEST_TRIAL),
       answerLooks(SpinBudget::FOR_ANSWERS, ANSWER_LOOKS_TRIAL),
       requestLooks(SpinBudget::FOR_REQUESTS, REQUEST_LOOKS_TRIAL),
-      socketLooks(SpinBudget::FOR_REQUESTS, LONGEST_SOCKET_LOOKS) {
+      socketAnswerLooks(SpinBudget::FOR_REQUESTS, SOCKET_LOOKS_TRIAL, SOCKET_SLEEP_COST),
+      socketRequestLooks(SpinBudget::FOR_REQUESTS, SOCKET_LOOKS_TRIAL, SOCKET_SLEEP_COST) {
   currentTurnEnd = this;
 }
 
@@ -312,7 +313,8 @@ bool TurnEnd::lookAtPort() {
   // Looks at the port before going to sleep, if there are looks left; run() comes after it.
   if (awake.empty() && atSocket.empty()) return false;
   if (lookCount == 0) {
-    lookBudget = atSocket.expectsAnswer() ? &socketLooks :
+    lookBudget = !atSocket.empty() ?
+        (atSocket.expectsAnswer() ? &socketAnswerLooks : &socketRequestLooks) :
         awake.expectsAnswer() ? &answerLooks : &requestLooks;
     if (!severalCpus || lookBudget->next(LONGEST_LOOKS) == 0) return false;
     lookingSince = now();
@@ -328,7 +330,8 @@ bool TurnEnd::lookAtPort() {
 
 bool TurnEnd::hasLookedEnough() {
   uint64_t elapsed = now() - lookingSince;
-  if (lookBudget != &socketLooks && !lookBudget->isTrial()) {
+  bool forSocket = lookBudget == &socketAnswerLooks || lookBudget == &socketRequestLooks;
+  if (!forSocket && !lookBudget->isTrial()) {
     return lookCount >= LOOKS && elapsed >= lookBudget->getAverageHit() * 3 / 2;
   }
   return elapsed >= lookBudget->next(LONGEST_LOOKS);

@@ -200,9 +200,11 @@ private:
   // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must wait
   // for it to wake up before both can find each other awake. And after that again, until the peer has
   // found out too: so looks go on for somewhat longer than they took lately.
-  static constexpr uint64_t LONGEST_SOCKET_LOOKS = 60000;
-  // In nanoseconds, if the answer to the first call of a connection is awaited, which comes on its
-  // socket. The peer was probably asleep, and has a connection to accept.
+  static constexpr uint64_t SOCKET_LOOKS_TRIAL = 60000;
+  static constexpr uint64_t SOCKET_SLEEP_COST = 60000;
+  // In nanoseconds, for connections that have no shared memory yet. What comes first there comes from
+  // a peer that was probably asleep, and has a connection to accept; and what comes then takes longer,
+  // even between two sides that stay awake, than what a sleep costs at least.
   static constexpr uint64_t LONGEST_LOOKS = 100000;
   // Whatever is learned of this machine.
 
@@ -261,8 +263,9 @@ private:
   SpinBudget requests;
   SpinBudget answerLooks;
   SpinBudget requestLooks;
-  SpinBudget socketLooks;
-  SpinBudget* lookBudget = &requestLooks; // One of these three, that of the last looks.
+  SpinBudget socketAnswerLooks;
+  SpinBudget socketRequestLooks;
+  SpinBudget* lookBudget = &requestLooks; // One of these four, that of the last looks.
   uint64_t looksMade = 0;
   uint lookCount = 0;                     // Of looks since there was last anything to do,
   uint64_t lookingSince = 0;              // and when they began.

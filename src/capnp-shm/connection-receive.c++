@@ -134,9 +134,8 @@ SharedMemoryConnection::MaybeMessage SharedMemoryConnection::takeOne() {
 }
 
 void SharedMemoryConnection::countReturn(kj::ArrayPtr<const word> firstSegment) {
-  if (unansweredCalls == 0) return;
-  KJ_IF_MAYBE(kind, kindOf(firstSegment)) {
-    if (*kind == capnp::rpc::Message::RETURN) --unansweredCalls;
+  if (unansweredCalls > 0 && kindOf(firstSegment) == capnp::rpc::Message::RETURN) {
+    --unansweredCalls;
   }
 }
 
@@ -315,6 +314,7 @@ kj::Promise<void> SharedMemoryConnection::listenToForeignThreads() {
 }
 
 void SharedMemoryConnection::controlEnded(kj::Maybe<kj::Exception> reason) {
+  controlEndSeen = true;
   if (ended) return;  // The peer had said so.
   ended = true;
   endReason = kj::mv(reason);

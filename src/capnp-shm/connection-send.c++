@@ -60,8 +60,10 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   if (owner.isForked()) return;
   KJ_REQUIRE(owner.isCurrent(), "messages must be sent on the thread of the event loop");
 
+  auto segments = message.getSegments();
+  auto kind = kindOf(segments.size() == 0 ? nullptr : segments[0]);
   size_t size = 0;
-  for (auto& segment: message.getSegments()) size += segment.size();
+  for (auto& segment: segments) size += segment.size();
   KJ_REQUIRE(size < receiveOptions.traversalLimitInWords, size,
       "Trying to send Cap'n Proto message larger than our single-message size limit. The "
       "other side probably won't accept it (assuming its traversalLimitInWords matches "
@@ -77,9 +79,9 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   if (getCurrentQueueCount() == 0) currentOutgoingMessageSendTime = clock.now();
   ++outgoingStats.messages;
   outgoingStats.bytes += bytes;
-  countCall(message.getSegments());
+  countCall(kind);
 
-  if (switchPutOff) switchBeforeSending(message.getSegments(), size);
+  if (switchPutOff) switchBeforeSending(kind, size);
   if (failure != nullptr) return;
   if (!outgoingShared && !awaitsTaken) {
     sendPlain(message, kj::mv(fds), bytes);
@@ -89,7 +91,12 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
 
   active();
   bool sealable = message.getSealed().countSealable() > 0;
-  if (outgoingShared && waiting.empty() && fds.size() == 0 && !sealable) {
+  // An Abort waits for the end of the turn. It is of use only if the connection outlives that, as
+  // after an error; else the end of the stream tells the peer as much, and spares it the exception
+  // as which Cap'n Proto throws an Abort. (TwoPartyVatNetwork drops it likewise.)
+  bool isAbort = kind == capnp::rpc::Message::ABORT;
+  if (isAbort && (controlEndSeen || isHungUp())) return;
+  if (outgoingShared && waiting.empty() && fds.size() == 0 && !sealable && !isAbort) {
     if (publishAtOnce(message, bytes) || failure != nullptr) return;
   }
 
@@ -99,6 +106,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   queueSize += bytes;
   waiting.push_back(
       WaitingMessage { kj::atomicAddRef(message), kj::mv(fds), fdState, bytes });
+  if (isAbort) return;
   // Whatever the peer wrote that cannot be is no fault of this message.
   KJ_IF_MAYBE(exception, kj::runCatchingExceptions([this]() { publishWaiting(); })) {
     fail(kj::mv(*exception));
@@ -142,16 +150,13 @@ void SharedMemoryConnection::keepUnconfirmed(OutgoingMessage& message, size_t by
   }
 }
 
-void SharedMemoryConnection::countCall(
-    kj::ArrayPtr<const kj::ArrayPtr<const word>> segments) {
-  if (segments.size() == 0) return;
-  KJ_IF_MAYBE(kind, kindOf(segments[0])) {
-    if (*kind == capnp::rpc::Message::CALL) {
-      ++callsSent;
-      ++unansweredCalls;
-    } else if (*kind == capnp::rpc::Message::BOOTSTRAP) {
-      ++unansweredCalls;
-    }
+void SharedMemoryConnection::countCall(capnp::rpc::Message::Which kind) {
+  // Of a message to be sent.
+  if (kind == capnp::rpc::Message::CALL) {
+    ++callsSent;
+    ++unansweredCalls;
+  } else if (kind == capnp::rpc::Message::BOOTSTRAP) {
+    ++unansweredCalls;
   }
 }
 
@@ -366,9 +371,9 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
   }
   return drained.then([this]() -> kj::Promise<void> {
     if (!isConfirmed()) return endWriting();  // It became a plain stream.
-    // Nobody is there to read it, mostly because it is the peer that has ended the connection. Two
+    // Nobody wants to read it, mostly because it is the peer that has ended the connection. Two
     // exceptions would come of trying, and cost more than all the rest of a connection's end.
-    if (isHungUp()) return kj::READY_NOW;
+    if (controlEndSeen || isHungUp()) return kj::READY_NOW;
     // The peer may have messages waiting for room in shared memory, so the socket must stay open
     // for our bells until nobody wants those messages.
     auto message = kj::heap<ControlMessage>();

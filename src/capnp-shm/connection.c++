@@ -122,7 +122,11 @@ void SharedMemoryConnection::flush() {
     // The first calls are over, and the connection is not.
     beginSwitch();
   }
-  if (!isSharing() || failure != nullptr || owner.isForked()) return;
+  if (failure != nullptr || owner.isForked()) return;
+  if (!isSharing()) {
+    if (outgoingShared) proceed();  // An Abort.
+    return;
+  }
   // We are about to look for what comes, so the peer need not ring; before it hears of what we sent.
   wake();
   uint64_t cpu = currentCpu();

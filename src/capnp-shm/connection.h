@@ -198,7 +198,10 @@ private:
   uint64_t bellsTaken = 0;
   uint64_t regionsTaken = 0;
   bool plainEndSeen = false;
+  bool controlEndSeen = false;
+  // Of the socket once it is the control socket: the peer wants nothing any more.
   bool ended = false;
+  // No messages follow but those which are published.
   kj::Maybe<kj::Exception> endReason;
   // How the control socket ended, once it did; null for a clean end.
 
@@ -244,8 +247,7 @@ private:
   bool switchOutgoing();
   void beginSwitch();
   bool mayStayPlain(size_t words) const;
-  void switchBeforeSending(
-      kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments, size_t words);
+  void switchBeforeSending(capnp::rpc::Message::Which kind, size_t words);
   void switchAfterReceiving(kj::ArrayPtr<const capnp::word> firstSegment, size_t words);
   void startSharing(kj::Own<PeerRegion> region);
   bool isSharing() const { return inbox != nullptr; }
@@ -288,7 +290,7 @@ private:
       kj::Maybe<int> borrowedFd = nullptr);
   kj::Promise<void> enqueueWrite(
       kj::Function<kj::Promise<void>()> write, bool rpcMessage = false);
-  void countCall(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
+  void countCall(capnp::rpc::Message::Which kind);
   void ringPeer();
   void enqueueBell();
   kj::Promise<void> whenWritten();

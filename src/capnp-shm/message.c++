@@ -11,14 +11,14 @@ namespace capnpshm {
 using capnp::word;
 using kj::uint;
 
-kj::Maybe<capnp::rpc::Message::Which> kindOf(kj::ArrayPtr<const word> firstSegment) {
-  if (firstSegment.size() < 2) return nullptr;
+capnp::rpc::Message::Which kindOf(kj::ArrayPtr<const word> firstSegment) {
+  if (firstSegment.size() < 2) return capnp::rpc::Message::UNIMPLEMENTED;
   // A root pointer to a struct right behind it that has data, the first of which is the union's
   // discriminant.
   uint64_t root, data;
   memcpy(&root, &firstSegment[0], sizeof(root));
   memcpy(&data, &firstSegment[1], sizeof(data));
-  if (uint32_t(root) != 0 || uint16_t(root >> 32) == 0) return nullptr;
+  if (uint32_t(root) != 0 || uint16_t(root >> 32) == 0) return capnp::rpc::Message::UNIMPLEMENTED;
   return capnp::rpc::Message::Which(uint16_t(data));
 }
 

@@ -39,9 +39,10 @@ class SpinBudget {
 public:
   enum Purpose { FOR_ANSWERS, FOR_REQUESTS };
 
-  SpinBudget(Purpose purpose, uint64_t longestTrial)
-      : purpose(purpose), longestTrial(longestTrial) {}
-  // `longestTrial` is how long a spin of a trial may last where a sleep costs the least.
+  SpinBudget(Purpose purpose, uint64_t longestTrial, uint64_t sleepCost = LEAST_SLEEP_COST)
+      : purpose(purpose), longestTrial(longestTrial), sleepCost(sleepCost) {}
+  // `longestTrial` is how long a spin of a trial may last where a sleep costs the least, and
+  // `sleepCost` what one is taken to cost until more is known.
 
   uint64_t next(uint64_t longest) const {
     // How long to spin now, `longest` being what the options allow; 0 for not at all.
@@ -111,7 +112,7 @@ private:
 
   Purpose purpose;
   uint64_t longestTrial;
-  uint64_t sleepCost = LEAST_SLEEP_COST;
+  uint64_t sleepCost;
   uint64_t hitsInARow = 0;    // 0 if spins do not pay at present.
   uint64_t averageHit = 0;    // Of those.
   uint credit = FULL_CREDIT;  // How many more spins in a row may fail to pay.
