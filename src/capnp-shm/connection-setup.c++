@@ -17,7 +17,7 @@ constexpr uint FREE_RING_ENTRIES = 512;
 constexpr size_t MIN_FIRST_REGION = 16 * 1024;
 constexpr size_t GROW_AT_ONCE_BYTES = 8 << 20;
 constexpr size_t MIN_WORDS_NOT_PUT_OFF = 256;
-// A message of so many gains by shared memory what a few small ones do.
+// For a message of so many, 2 KiB, shared memory is not put off.
 
 size_t firstRegionBytes(const SharedMemoryOptions& options) {
   size_t pageSize = sysconf(_SC_PAGESIZE);

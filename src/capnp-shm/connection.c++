@@ -124,7 +124,8 @@ void SharedMemoryConnection::flush() {
   }
   if (failure != nullptr || owner.isForked()) return;
   if (!isSharing()) {
-    if (outgoingShared) proceed();  // An Abort.
+    // An Abort waits only for this; see sendMessage().
+    if (outgoingShared) proceed();
     return;
   }
   // We are about to look for what comes, so the peer need not ring; before it hears of what we sent.
