@@ -202,7 +202,8 @@ public:
 
   void send(size_t textSize) {
     auto message = connection->newOutgoingMessage(0);
-    message->getBody().initAs<capnp::rpc::Message>().initResolve().initException().initReason(textSize);
+    message->getBody().initAs<capnp::rpc::Message>().initResolve().initException()
+        .initReason(textSize);
     message->send();
   }
 

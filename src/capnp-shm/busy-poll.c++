@@ -313,9 +313,11 @@ bool TurnEnd::lookAtPort() {
   // Looks at the port before going to sleep, if there are looks left; run() comes after it.
   if (awake.empty() && atSocket.empty()) return false;
   if (lookCount == 0) {
-    lookBudget = !atSocket.empty() ?
-        (atSocket.expectsAnswer() ? &socketAnswerLooks : &socketRequestLooks) :
-        awake.expectsAnswer() ? &answerLooks : &requestLooks;
+    if (!atSocket.empty()) {
+      lookBudget = atSocket.expectsAnswer() ? &socketAnswerLooks : &socketRequestLooks;
+    } else {
+      lookBudget = awake.expectsAnswer() ? &answerLooks : &requestLooks;
+    }
     if (!severalCpus || lookBudget->next(LONGEST_LOOKS) == 0) return false;
     lookingSince = now();
   } else if (hasLookedEnough()) {

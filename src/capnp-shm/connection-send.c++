@@ -95,7 +95,7 @@ void SharedMemoryConnection::sendMessage(OutgoingMessage& message) {
   // after an error; else the end of the stream tells the peer as much, and spares it the exception
   // as which Cap'n Proto throws an Abort. (TwoPartyVatNetwork drops it likewise.)
   bool isAbort = kind == capnp::rpc::Message::ABORT;
-  if (isAbort && (controlEndSeen || isHungUp())) return;
+  if (isAbort && peerWantsNothing()) return;
   if (outgoingShared && waiting.empty() && fds.size() == 0 && !sealable && !isAbort) {
     if (publishAtOnce(message, bytes) || failure != nullptr) return;
   }
@@ -373,7 +373,7 @@ kj::Promise<void> SharedMemoryConnection::shutdown() {
     if (!isConfirmed()) return endWriting();  // It became a plain stream.
     // Nobody wants to read it, mostly because it is the peer that has ended the connection. Two
     // exceptions would come of trying, and cost more than all the rest of a connection's end.
-    if (controlEndSeen || isHungUp()) return kj::READY_NOW;
+    if (peerWantsNothing()) return kj::READY_NOW;
     // The peer may have messages waiting for room in shared memory, so the socket must stay open
     // for our bells until nobody wants those messages.
     auto message = kj::heap<ControlMessage>();

@@ -246,8 +246,7 @@ bool SharedMemoryConnection::mayStayPlain(size_t words) const {
   return words < MIN_WORDS_NOT_PUT_OFF && callsSent <= options.plainCalls;
 }
 
-void SharedMemoryConnection::switchBeforeSending(
-    capnp::rpc::Message::Which kind, size_t words) {
+void SharedMemoryConnection::switchBeforeSending(capnp::rpc::Message::Which kind, size_t words) {
   switch (kind) {
     case capnp::rpc::Message::FINISH:
     case capnp::rpc::Message::RELEASE:

@@ -199,7 +199,7 @@ private:
   uint64_t regionsTaken = 0;
   bool plainEndSeen = false;
   bool controlEndSeen = false;
-  // Of the socket once it is the control socket: the peer wants nothing any more.
+  // Of the socket once it is the control socket.
   bool ended = false;
   // No messages follow but those which are published.
   kj::Maybe<kj::Exception> endReason;
@@ -271,6 +271,8 @@ private:
       kj::Maybe<capnp::AnyPointer::Reader> body, kj::ArrayPtr<kj::AutoCloseFd> fds);
   static size_t frameBytes(kj::ArrayPtr<const kj::ArrayPtr<const capnp::word>> segments);
   bool isHungUp();
+  bool peerWantsNothing() { return controlEndSeen || isHungUp(); }
+  // Nor an end of ours: it has ended the connection.
   void sendPlain(OutgoingMessage& message, kj::Array<kj::AutoCloseFd> fds, size_t bytes);
   void addPlain(PlainFrame&& frame);
   kj::Promise<void> writeBatch(PlainBatch& batch);

@@ -73,7 +73,7 @@ struct SharedMemoryOptions {
   // To make, map and unmap the first regions costs some 400 µs of both sides' CPU time and delays
   // a call by some 200 µs. That is less than so many calls have gained on TwoPartyVatNetwork by then:
   // however many there are, a connection is not slower, and hardly ever takes more CPU time. With 8 it
-  // is fast sooner, and dearer (by a third at most) if it ends after 9 to 14 calls. Large messages, calls
+  // is fast sooner, and dearer (by a third and more) if it ends after 9 to 14 calls. Large messages, calls
   // of the peer's, and a pause in which no call is unanswered bring shared memory at once; in a pause
   // nobody waits for it.
 
