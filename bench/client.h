@@ -120,19 +120,13 @@ public:
       between();
     });
     start();
-    measure(call, between);
-    stop();
-  }
-
-  template <typename Call, typename Between>
-  void measure(Call&& call, Between&& between) {
-    // Part of run(), for those who must do the rest in another order.
     do {
       uint64_t begin = now();
       call();
       record(now() - begin);
       between();
     } while (more());
+    stop();
   }
 
   template <typename Call>

@@ -60,22 +60,27 @@ void idleGap(Session& session, Task::Reader task, Figures& figures) {
 }
 
 void besideBusy(Session& session, Task::Reader task, Figures& figures) {
-  // What those wait for who call now and then, while another connection is never idle.
+  // What those wait for who call now and then by a timer, while another connection of the same loop
+  // is never idle: from when the timer expires. Calls that wait for the port would else begin when the
+  // loop has nothing to do, and be few.
   session.openConnections(2);
   Lanes lanes(session);
   for (uint i = 0; i < task.getWindow(); i++) lanes.add(session.targetAt(1));
-  Pause pause(session.io, task.getGapMicroseconds());
+  auto& timer = session.io.provider->getTimer();
+  uint64_t gap = task.getGapMicroseconds() * 1000;
+  auto callInTime = [&]() {
+    uint64_t due = now() + gap;
+    timer.atTime(kj::origin<kj::TimePoint>() + due * kj::NANOSECONDS).wait(session.waitScope());
+    session.echo(session.target()).wait(session.waitScope());
+    return now() - due;
+  };
   Slice slice(session, task);
   auto busy = lanes.goOn();
-  auto call = [&]() { session.echo(session.target()).wait(session.waitScope()); };
   // Not run(): all stand still while start() takes its figures, and what comes after is what it takes
   // them to get going again.
   slice.start();
-  slice.warmUp([&]() {
-    call();
-    pause();
-  });
-  slice.measure(call, pause);
+  slice.warmUp([&]() { callInTime(); });
+  do slice.record(callInTime()); while (slice.more());
   slice.stop();
   // CPU and system calls are the others'.
   slice.reportLatencies(figures);

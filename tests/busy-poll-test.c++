@@ -178,6 +178,32 @@ TEST_F(BusyPoll, SpinsAsLongAsThatPays) {
   EXPECT_GT(found, 0u);
 }
 
+TEST_F(BusyPoll, SpinEndsWhenATimerExpires) {
+  if (EMULATED) GTEST_SKIP() << "too slow under an emulator for any spin to pay";
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no spinning on a single CPU";
+  constexpr uint64_t FEW = 24, MANY = 3 * FEW;
+  turnEnd->usePort(io.unixEventPort);
+  FakeMember a(log, "a", 1000000);
+  a.quiet = a.waiting = a.answer = true;
+  uint64_t looks = 0, longest = 0;
+  a.isThere = [&]() { return ++looks == MANY; };
+  for (uint i = 0; i < 10; i++) {
+    looks = 0;
+    a.active();
+    turn();
+    longest = kj::max(longest, looks);
+
+    auto& timer = io.provider->getTimer();
+    auto expired = timer.atTime(timer.now());
+    looks = 0;
+    a.active();
+    expired.wait(io.waitScope);
+    EXPECT_LE(looks, FEW);
+    turn();
+  }
+  EXPECT_GE(longest, MANY) << "else it ends so soon by itself";
+}
+
 TEST_F(BusyPoll, DoesNotSpinWhereItIsForbiddenOrInVain) {
   FakeMember never(log, "a", 0), brief(log, "b", 50000);
   for (auto member: { &never, &brief }) {
@@ -340,6 +366,18 @@ protected:
     if (GetParam()) turnEnd->usePort(io.unixEventPort);
   }
   ~PortOfABusyLoop() noexcept override {}
+
+  uint messagesUntilDue(kj::Function<void(uint)> onMessage) {
+    // Each of a turn of its own.
+    BusyMember busy(log, 0);
+    uint messages = 0;
+    busy.onTurn = [&]() {
+      busy.running = !turnEnd->mustYield();
+      if (busy.running) onMessage(++messages);
+    };
+    turn();
+    return messages;
+  }
 };
 
 TEST_P(PortOfABusyLoop, ServesTimers) {
@@ -355,6 +393,28 @@ TEST_P(PortOfABusyLoop, ServesTimers) {
     busy.running = false;
     turn();
   }
+}
+
+TEST_F(BusyPoll, TimersOfAKnownPortAreInTime) {
+  constexpr uint64_t SOON = 64;
+  turnEnd->usePort(io.unixEventPort);
+  BusyMember busy(log, 8);
+  for (uint i = 0; i < 20; i++) {
+    // Counted in turns, of which each takes a message, since the machine may interrupt us. (None, if
+    // the port was due just then.)
+    auto due = io.provider->getTimer().now() + 1 * kj::MILLISECONDS;
+    uint64_t turnsThen = FOREVER;
+    busy.onTurn = [&]() {
+      std::chrono::nanoseconds time = std::chrono::steady_clock::now().time_since_epoch();
+      if (kj::origin<kj::TimePoint>() + time.count() * kj::NANOSECONDS >= due) {
+        turnsThen = kj::min(turnsThen, busy.turns);
+      }
+    };
+    io.provider->getTimer().atTime(due).wait(io.waitScope);
+    EXPECT_LE(busy.turns, turnsThen + SOON);
+  }
+  busy.running = false;
+  turn();
 }
 
 TEST_P(PortOfABusyLoop, ServesExecutors) {
@@ -420,25 +480,16 @@ TEST_P(PortOfABusyLoop, IsDueAfterMessagesBytesOrTime) {
   yield();
 
   // Few messages, but slow ones. The time is that of the machine, so only that it ends is sure.
-  messages = 0;
-  while (!turnEnd.mustYield()) {
-    if (messages++ % 64 == 0) usleep(3000);
-    turnEnd.count(0);
-  }
-  EXPECT_LE(messages, 192u);
-  yield();
+  EXPECT_LE(messagesUntilDue([](uint) { usleep(3000); }), 3u);
 
   // More of them, but less than the most: enough if it costs little.
-  messages = 0;
   auto start = std::chrono::steady_clock::now();
-  while (!turnEnd.mustYield()) {
-    if (++messages % 64 == 0) usleep(200);
-    turnEnd.count(0);
-  }
+  messages = messagesUntilDue([](uint count) {
+    if (count % 64 == 0) usleep(200);
+  });
   EXPECT_LE(messages, GetParam() ? 704u : 1408u);
   auto elapsed = std::chrono::steady_clock::now() - start;
   EXPECT_TRUE(messages >= 512 || elapsed > std::chrono::milliseconds(4)) << messages << " are few";
-  yield();
 }
 
 INSTANTIATE_TEST_SUITE_P(, PortOfABusyLoop, ::testing::Values(false, true),

@@ -266,5 +266,25 @@ TEST_F(TurnFairness, TurnIsLongAfterMessagesOrBytes) {
   }
 }
 
+TEST_F(TurnFairness, TurnIsShorterIfOthersAreAwake) {
+  auto messagesBesides = [this](uint others) {
+    BusyMember busy(log, 0);
+    auto members = addMembers(busy, others);
+    uint messages = 0;
+    busy.onTurn = [&]() {
+      // In the second all have been seen to wait.
+      if (busy.turns < 2) return;
+      for (; !turnEnd->isLong(); messages++) turnEnd->count(0);
+      busy.running = false;
+    };
+    turn();
+    return messages;
+  };
+  EXPECT_EQ(64u, messagesBesides(0));
+  EXPECT_EQ(16u, messagesBesides(1));
+  EXPECT_EQ(41u, messagesBesides(40)) << "one for each";
+  EXPECT_EQ(64u, messagesBesides(200));
+}
+
 }  // namespace
 }  // namespace capnpshm

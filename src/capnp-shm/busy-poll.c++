@@ -59,7 +59,10 @@ TurnEnd::TurnEnd()
 
 TurnEnd::~TurnEnd() noexcept(false) { currentTurnEnd = nullptr; }
 
-void TurnEnd::usePort(kj::UnixEventPort& port) { timer = port.getTimer(); }
+void TurnEnd::usePort(kj::UnixEventPort& port) {
+  timer = port.getTimer();
+  timers = kj::dynamicDowncastIfAvailable<kj::TimerImpl>(port.getTimer());
+}
 
 TurnEnd::Crowd::~Crowd() noexcept(false) {}
 
@@ -172,6 +175,7 @@ void TurnEnd::run() {
   pending = nullptr;
   KJ_DEFER(finished = kj::mv(running));
 
+  lookAtClock();
   flush();
   bool found = poll() || !active.empty();
   if (!found) {
@@ -270,19 +274,24 @@ bool TurnEnd::spin() {
   uint64_t start = now();
   uint64_t busy = busyUntil - kj::min(busyUntil, start);
   uint64_t elapsed = 0;
+  uint64_t timer = nextTimer();
   do {
     for (uint i = 0; i < ROUNDS_PER_LOOK_AT_CLOCK; i++) {
       pause();
       if (pollSome()) {
         elapsed = now() - start;
         budget->hit(elapsed - kj::min(elapsed, busy));
-        lookAtClock();
         return true;
       }
       // One of them, since the next look is what matters.
       prepareOne();
     }
     elapsed = now() - start;
+    if (start + elapsed >= timer) {
+      // Neither a hit nor a miss: goes on when the port has run.
+      runLater(true);
+      return true;
+    }
   } while (elapsed < allowed + busy);
   budget->miss();
   return false;
@@ -370,6 +379,17 @@ void TurnEnd::lookAtClock() {
     uint64_t longest = cheap ? FEW_NANOSECONDS_WITHOUT_PORT : MAX_NANOSECONDS_WITHOUT_PORT;
     if (time - withoutPortSince >= longest) portIsDue = true;
   }
+  if (time >= nextTimer()) portIsDue = true;
+}
+
+uint64_t TurnEnd::nextTimer() {
+  // When the next timer expires that something on the loop waits for; never, as far as we can ask.
+  KJ_IF_MAYBE(t, timers) {
+    KJ_IF_MAYBE(event, t->nextEvent()) {
+      return (*event - kj::origin<kj::TimePoint>()) / kj::NANOSECONDS;
+    }
+  }
+  return kj::maxValue;
 }
 
 void TurnEnd::portHasRun() {

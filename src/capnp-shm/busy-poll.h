@@ -6,6 +6,7 @@
 #include "spin-budget.h"
 #include <kj/async-unix.h>
 #include <kj/refcount.h>
+#include <kj/timer.h>
 #include <kj/vector.h>
 
 namespace capnpshm {
@@ -46,7 +47,8 @@ public:
   ~TurnEnd() noexcept(false);
 
   void usePort(kj::UnixEventPort& port);
-  // Tells which port the loop waits on. It must outlive this object.
+  // Tells which port the loop waits on. It must outlive this object. A visit to the port costs less
+  // then, and timers need not wait for the next one.
 
   class Member {
     // A connection, as this class sees it. The virtual methods run no application code and do not
@@ -113,8 +115,8 @@ public:
     // A message of `bytes` was taken, or published after it had waited.
     moved(bytes);
     ++messagesThisTurn;
+    ++messagesSincePort;
     bytesSincePort += bytes;
-    if (++messagesSincePort % MESSAGES_PER_LOOK_AT_CLOCK == 0) lookAtClock();
   }
 
   void moved(size_t bytes) { bytesThisTurn += bytes; }
@@ -131,8 +133,7 @@ public:
   bool isLong() const {
     // Whether so much was done in this turn that it should end, for all to have theirs. (Those that
     // have something are not found before, nor are their peers woken up.)
-    return messagesThisTurn >= MAX_MESSAGES_A_TURN || bytesThisTurn >= MAX_BYTES_A_TURN ||
-        mustYield();
+    return messagesThisTurn >= enoughMessages() || bytesThisTurn >= MAX_BYTES_A_TURN || mustYield();
   }
 
   bool mustYield() const {
@@ -161,8 +162,10 @@ private:
   static constexpr uint MANY_MESSAGES_WITHOUT_PORT = 512;
   // If the port is known, both together are enough: the latter keep that below one system call in a
   // hundred small calls.
-  static constexpr uint MESSAGES_PER_LOOK_AT_CLOCK = 64;
   static constexpr uint MAX_MESSAGES_A_TURN = 64;
+  static constexpr uint MIN_MESSAGES_A_TURN = 16;
+  // If there are others that are awake: few enough that they do not wait for long, and enough that
+  // the end of a turn costs little beside them.
   static constexpr size_t MAX_BYTES_A_TURN = 512 << 10;
   static constexpr uint64_t MAX_IDLE_TURNS = 4096;
   static constexpr uint64_t MAX_IDLE_LOOKS = 65536;
@@ -258,7 +261,8 @@ private:
   kj::Maybe<kj::Promise<void>> finished;  // That called it last.
   kj::Vector<Member*> batch;              // Of run(); kept for its memory.
   bool severalCpus;
-  kj::Maybe<kj::Timer&> timer;            // Of the port, if that is known.
+  kj::Maybe<kj::Timer&> timer;            // Of the port, if that is known,
+  kj::Maybe<kj::TimerImpl&> timers;       // and if what waits for it can be asked.
   SpinBudget answers;
   SpinBudget requests;
   SpinBudget answerLooks;
@@ -281,6 +285,13 @@ private:
   uint64_t asleepSince = 0;               // Or 0 if the loop is awake,
   bool peersShareCpu = false;             // and whether we wait for peers on our own CPU only.
 
+  uint enoughMessages() const {
+    // For one turn: one of each member that is awake, within reason.
+    size_t members = active.size() + awake.size();
+    if (members <= 1) return MAX_MESSAGES_A_TURN;
+    return kj::min(kj::max(members, MIN_MESSAGES_A_TURN), MAX_MESSAGES_A_TURN);
+  }
+
   void schedule();
   void runLater(bool afterPort);
   void run();
@@ -298,6 +309,7 @@ private:
   void putToSleep(Member& member);
   void dismissIdle();
   void lookAtClock();
+  uint64_t nextTimer();
   void portHasRun();
 };
 
