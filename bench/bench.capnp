@@ -25,6 +25,10 @@ interface Target {
 
   counters @6 () -> (counters :Counters);
   # What the server's ends of all open connections have done so far.
+
+  trapSystemCalls @7 (on :Bool) -> (permitted :Bool, count :UInt64);
+  # The server counts its system calls by a SystemCallTrap from now on, or no longer: how many there
+  # were since.
 }
 
 struct Counters {

@@ -94,14 +94,9 @@ Session::Totals Session::totals() {
 
 void Slice::start() {
   totalsBefore = session.totals();
-  if (task.getCountSystemCalls()) {
-    clientSystemCalls.emplace(getpid());
-    if (hasServer()) serverSystemCalls.emplace(session.serverPid);
-  }
-  // Nothing that takes long lies between the CPU clocks and the calls.
   contextSwitches = countContextSwitches();
-  KJ_IF_MAYBE(counter, serverSystemCalls) serverCalls = counter->read();
-  KJ_IF_MAYBE(counter, clientSystemCalls) clientCalls = counter->read();
+  if (task.getCountSystemCalls()) startCounting();
+  // Nothing that takes long lies between the CPU clocks and the calls.
   session.latencies.clear();
   calls = 0;
   if (hasServer()) serverSeconds = cpuSecondsOf(session.serverPid);
@@ -110,12 +105,47 @@ void Slice::start() {
   deadline = startTime + uint64_t(task.getSeconds() * 1e9);
 }
 
+void Slice::startCounting() {
+  clientSystemCalls.emplace(getpid());
+  if (hasServer()) serverSystemCalls.emplace(session.serverPid);
+  isCounted = KJ_ASSERT_NONNULL(clientSystemCalls).isPermitted();
+  KJ_IF_MAYBE(counter, serverSystemCalls) isCounted = isCounted && counter->isPermitted();
+  if (isCounted) {
+    KJ_IF_MAYBE(counter, serverSystemCalls) serverCalls = counter->read();
+    KJ_IF_MAYBE(counter, clientSystemCalls) clientCalls = counter->read();
+    return;
+  }
+
+  if (session.transport.kind == TransportSpec::PEER) return;  // Other libraries have threads.
+
+  if (hasServer()) {
+    auto request = session.target().trapSystemCallsRequest();
+    request.setOn(true);
+    if (!request.send().wait(session.waitScope()).getPermitted()) return;
+  }
+  clientTrap = kj::heap<SystemCallTrap>();
+  isCounted = isTrapped = clientTrap->isPermitted();
+}
+
+void Slice::stopCounting() {
+  if (isTrapped) {
+    clientCalls = clientTrap->getCount();
+    clientTrap = nullptr;
+    if (!hasServer()) return;
+    auto response = session.target().trapSystemCallsRequest().send().wait(session.waitScope());
+    serverCalls = response.getCount();
+  } else {
+    KJ_IF_MAYBE(counter, clientSystemCalls) clientCalls = counter->read() - clientCalls;
+    KJ_IF_MAYBE(counter, serverSystemCalls) serverCalls = counter->read() - serverCalls;
+  }
+}
+
 void Slice::stop() {
+  if (isTrapped) stopCounting();
   seconds = (now() - startTime) * 1e-9;
   clientSeconds = cpuSecondsOf(getpid()) - clientSeconds;
   if (hasServer()) serverSeconds = cpuSecondsOf(session.serverPid) - serverSeconds;
-  KJ_IF_MAYBE(counter, clientSystemCalls) clientCalls = counter->read() - clientCalls;
-  KJ_IF_MAYBE(counter, serverSystemCalls) serverCalls = counter->read() - serverCalls;
+  if (isCounted && !isTrapped) stopCounting();
   contextSwitches = countContextSwitches() - contextSwitches;
   totalsAfter = session.totals();
 }
@@ -151,14 +181,11 @@ void Slice::report(Figures& figures) {
         kj::max(totalsBefore.clientSharedBytes + totalsBefore.serverSharedBytes,
                 totalsAfter.clientSharedBytes + totalsAfter.serverSharedBytes));
   }
-  KJ_IF_MAYBE(counter, clientSystemCalls) {
-    bool serverPermitted = true;
-    KJ_IF_MAYBE(other, serverSystemCalls) serverPermitted = other->isPermitted();
-    if (counter->isPermitted() && serverPermitted) {
-      figures.add("syscalls_per_call", (clientCalls + serverCalls) * perCall);
-      figures.add("client_syscalls_per_call", clientCalls * perCall);
-      figures.add("server_syscalls_per_call", serverCalls * perCall);
-    }
+  if (isCounted) {
+    figures.add("syscalls_per_call", (clientCalls + serverCalls) * perCall);
+    figures.add("client_syscalls_per_call", clientCalls * perCall);
+    figures.add("server_syscalls_per_call", serverCalls * perCall);
+    figures.add("syscalls_trapped", isTrapped);
   }
 }
 

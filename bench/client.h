@@ -8,6 +8,7 @@
 #include "meter.h"
 #include "peers.h"
 #include "server.h"
+#include "system-call-trap.h"
 #include "transports.h"
 #include <kj/async-io.h>
 #include <unistd.h>
@@ -165,8 +166,12 @@ private:
   double clientSeconds = 0, serverSeconds = 0;
   uint64_t contextSwitches = 0;
   kj::Maybe<SystemCallCounter> clientSystemCalls, serverSystemCalls;
+  kj::Own<SystemCallTrap> clientTrap;  // If that is not permitted, but this is, and there:
   uint64_t clientCalls = 0, serverCalls = 0;
+  bool isCounted = false, isTrapped = false;
 
+  void startCounting();
+  void stopCounting();
   bool hasServer() const { return session.serverPid != getpid(); }
   uint64_t countContextSwitches() const {
     uint64_t result = ContextSwitches::of(getpid()).all();

@@ -19,7 +19,7 @@ namespace {
 
 constexpr uint64_t QUICK_NANOSECONDS = 35000000000;
 // Then --quick hurries to its end, which takes 20 s more where cores are slow.
-constexpr double COUNT_SECONDS = 0.05;  // Of the extra slice in which system calls are counted.
+constexpr double COUNT_SECONDS = 0.1;  // Of the extra slice in which system calls are counted.
 
 struct MachineUsage {
   // Of all cores together, in seconds.
@@ -167,9 +167,11 @@ private:
     task.setCountSystemCalls(!options.useStrace);
     task.setSeconds(kj::min(task.getSeconds(), COUNT_SECONDS));
     perform(row, pair, message, [&](const std::string& name, double value) {
-      if (name.find("syscalls") == std::string::npos) return;
-      row.add(name, value);
-      row.countMethod = "perf_event_open, raw_syscalls:sys_enter";
+      if (name == "syscalls_trapped") {
+        row.countMethod = value ? "Syscall User Dispatch" : "perf_event_open, raw_syscalls:sys_enter";
+      } else if (name.find("syscalls") != std::string::npos) {
+        row.add(name, value);
+      }
     });
     if (!row.countMethod.empty() || !row.error.empty()) return;
     KJ_IF_MAYBE(calls, systemCallsByStrace(pair, task, options.quick || options.tiny)) {

@@ -31,7 +31,7 @@ public:
         .addOption({"peers"}, KJ_BIND_METHOD(*this, setPeers),
             "Also measure the other libraries that were found when this was built.")
         .addOption({"strace"}, KJ_BIND_METHOD(*this, setStrace),
-            "Count system calls by strace even where the kernel's tracepoint could be used.")
+            "Count system calls by strace even where the kernel could do it.")
         .addOptionWithArg({"only"}, KJ_BIND_METHOD(*this, setOnly), "<case>", "Run only this case.")
         .addOptionWithArg({"json"}, KJ_BIND_METHOD(*this, setJson), "<file>",
             "Write the results here instead of to standard output.")

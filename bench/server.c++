@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
 #include "server.h"
+#include "system-call-trap.h"
 
 #include <kj/debug.h>
 #include <string.h>
@@ -75,8 +76,21 @@ public:
     return kj::READY_NOW;
   }
 
+  kj::Promise<void> trapSystemCalls(TrapSystemCallsContext context) override {
+    auto results = context.getResults();
+    if (context.getParams().getOn()) {
+      trap = kj::heap<SystemCallTrap>();
+      results.setPermitted(trap->isPermitted());
+    } else if (trap.get() != nullptr) {
+      results.setCount(trap->getCount());
+      trap = nullptr;
+    }
+    return kj::READY_NOW;
+  }
+
 private:
   const Links& links;
+  kj::Own<SystemCallTrap> trap;
   uint64_t streamBytes = 0;
   uint64_t streamSum = 0;
 };

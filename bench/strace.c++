@@ -131,7 +131,8 @@ kj::Maybe<double> systemCallsByStrace(Pair& pair, Task::Builder task, bool quick
     if (before == nullptr || after == nullptr) return nullptr;
     if (enough) {
       double difference = KJ_ASSERT_NONNULL(after) - KJ_ASSERT_NONNULL(before);
-      return kj::max(0.0, difference) / (more - calls);
+      if (difference < 0) return nullptr;  // It has lost some.
+      return difference / (more - calls);
     }
     before = after;
     calls = more;
