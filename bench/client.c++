@@ -222,6 +222,7 @@ const Case CASES[] = {
   { "connections", &connections },
   { "connections_busy", &connectionsBusy },
   { "connect", &connectTime },
+  { "connect_busy", &connectBesideBusy },
   { "memory", &idleMemory },
   { "idle", &idle },
   { "pages", &pages },

@@ -131,6 +131,17 @@ public:
   }
 
   template <typename Call>
+  void runBeside(Call&& call) {
+    // Likewise, beside others that go on all the time and whose CPU and system calls it would be that
+    // are counted, so only latencies are for reportLatencies(); `call` returns them. All stand still
+    // while start() takes its figures, and have to get going again before anything is measured.
+    start();
+    warmUp(call);
+    do record(call()); while (more());
+    stop();
+  }
+
+  template <typename Call>
   void warmUp(Call&& call) {
     uint64_t end = now() + uint64_t(task.getWarmUpSeconds() * 1e9);
     do call(); while (now() < end);
@@ -185,7 +196,7 @@ typedef void CaseFunction(Session& session, Task::Reader task, Figures& figures)
 // The cases; see the driver's list for what calls them.
 CaseFunction smallCall, idleGap, besideBusy, window;
 CaseFunction param, firstParam, result, stream, held;
-CaseFunction connections, connectionsBusy, connectTime, idleMemory, idle, pages;
+CaseFunction connections, connectionsBusy, connectTime, connectBesideBusy, idleMemory, idle, pages;
 CaseFunction rawLimit, peerCall;
 
 void runClient(const ClientOptions& options);

@@ -21,6 +21,13 @@ void sleepFor(Session& session, uint64_t milliseconds) {
       .wait(session.waitScope());
 }
 
+void connectAndCall(Session& session, Task::Reader task) {
+  auto connection = session.connect();
+  for (uint i = 0; i < task.getCallsEach(); i++) {
+    session.echo(connection.target).wait(session.waitScope());
+  }
+}
+
 }  // namespace
 
 void connections(Session& session, Task::Reader task, Figures& figures) {
@@ -48,13 +55,22 @@ void connectionsBusy(Session& session, Task::Reader task, Figures& figures) {
 void connectTime(Session& session, Task::Reader task, Figures& figures) {
   // From nothing to the answer of the first call, or of the last of a few.
   Slice slice(session, task);
-  slice.run([&]() {
-    auto connection = session.connect();
-    for (uint i = 0; i < task.getCallsEach(); i++) {
-      session.echo(connection.target).wait(session.waitScope());
-    }
-  });
+  slice.run([&]() { connectAndCall(session, task); });
   slice.report(figures);
+}
+
+void connectBesideBusy(Session& session, Task::Reader task, Figures& figures) {
+  // Likewise, while another connection of the same two processes is never idle.
+  Lanes lanes(session);
+  lanes.add(session.target());
+  Slice slice(session, task);
+  auto busy = lanes.goOn();
+  slice.runBeside([&]() {
+    uint64_t begin = now();
+    connectAndCall(session, task);
+    return now() - begin;
+  });
+  slice.reportLatencies(figures);
 }
 
 void idleMemory(Session& session, Task::Reader task, Figures& figures) {

@@ -168,7 +168,8 @@ private:
     task.setSeconds(kj::min(task.getSeconds(), COUNT_SECONDS));
     perform(row, pair, message, [&](const std::string& name, double value) {
       if (name == "syscalls_trapped") {
-        row.countMethod = value ? "Syscall User Dispatch" : "perf_event_open, raw_syscalls:sys_enter";
+        row.countMethod =
+            value ? "Syscall User Dispatch" : "perf_event_open, raw_syscalls:sys_enter";
       } else if (name.find("syscalls") != std::string::npos) {
         row.add(name, value);
       }

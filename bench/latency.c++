@@ -61,8 +61,8 @@ void idleGap(Session& session, Task::Reader task, Figures& figures) {
 
 void besideBusy(Session& session, Task::Reader task, Figures& figures) {
   // What those wait for who call now and then by a timer, while another connection of the same loop
-  // is never idle: from when the timer expires. Calls that wait for the port would else begin when the
-  // loop has nothing to do, and be few.
+  // is never idle: from when the timer expires. (Else what comes late would be few calls, and
+  // those that begin when the loop happens to have nothing to do.)
   session.openConnections(2);
   Lanes lanes(session);
   for (uint i = 0; i < task.getWindow(); i++) lanes.add(session.targetAt(1));
@@ -76,13 +76,7 @@ void besideBusy(Session& session, Task::Reader task, Figures& figures) {
   };
   Slice slice(session, task);
   auto busy = lanes.goOn();
-  // Not run(): all stand still while start() takes its figures, and what comes after is what it takes
-  // them to get going again.
-  slice.start();
-  slice.warmUp([&]() { callInTime(); });
-  do slice.record(callInTime()); while (slice.more());
-  slice.stop();
-  // CPU and system calls are the others'.
+  slice.runBeside(callInTime);
   slice.reportLatencies(figures);
 }
 

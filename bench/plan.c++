@@ -173,6 +173,10 @@ private:
       if (brief && count != 2) continue;
       add("connect", FEW, Parameters::ofCallsEach(count)).countSystemCalls = !brief;
     }
+    for (uint count: { 1, 5 }) {
+      if (brief && count > 1) continue;
+      add("connect_busy", FEW, Parameters::ofCallsEach(count)).countSystemCalls = false;
+    }
     auto& memory = add("memory", transports,
         Parameters::ofConnections(options.tiny ? 20 : brief ? 200 : 1000));
     memory.rounds = 1;

@@ -17,8 +17,8 @@ namespace bench {
 #if __x86_64__ && defined(PR_SET_SYSCALL_USER_DISPATCH)
 
 // Code whose system calls are not given back: what makes one in another's place, and the end of a
-// signal handler. The kernel looks at the address behind the instruction, so the range ends with one
-// more.
+// signal handler. The kernel looks at the address behind the instruction, so more code follows the
+// last.
 asm(R"(
   .text
   .type capnpShmBenchPassed, @function

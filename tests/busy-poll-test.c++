@@ -2,38 +2,17 @@
 
 #include "turn-end-fixture.h"
 
-#include <chrono>
-#include <kj/async-io.h>
 #include <kj/debug.h>
-#include <kj/function.h>
 #include <kj/thread.h>
 #include <string>
 #include <unistd.h>
-#include <vector>
 
 namespace capnpshm {
 namespace {
 
-using testing::BusyMember;
 using testing::FakeMember;
-using testing::FOREVER;
 
-class BusyPoll: public testing::TurnEndFixture {
-  // Where looks at the port have proved to be in vain for long, so that there are none.
-
-protected:
-  BusyPoll() {
-    FakeMember a(log, "a");
-    a.waiting = true;
-    uint previous = 0;
-    for (uint i = 0; i < 3000; i++) {
-      uint now = looks(a);
-      if (i > 1500 && previous > 0 && now == 0) break;
-      previous = now;
-    }
-  }
-  ~BusyPoll() noexcept override {}
-};
+typedef testing::TurnEndWithoutLooks BusyPoll;
 
 TEST_F(BusyPoll, FlushThenLookThenSleep) {
   FakeMember a(log, "a");
@@ -354,146 +333,6 @@ TEST_F(BusyPoll, LooksLongerWhileThePeerIsBusyWithMuch) {
   // 1 MiB takes a few times as long to move as a trial lasts.
   EXPECT_GT(looksAfter(1 << 20), 2 * little);
 }
-
-// =======================================================================================
-// Others on the same loop
-
-class PortOfABusyLoop: public BusyPoll, public ::testing::WithParamInterface<bool> {
-  // Known to TurnEnd or not.
-
-protected:
-  PortOfABusyLoop() {
-    if (GetParam()) turnEnd->usePort(io.unixEventPort);
-  }
-  ~PortOfABusyLoop() noexcept override {}
-
-  uint messagesUntilDue(kj::Function<void(uint)> onMessage) {
-    // Each of a turn of its own.
-    BusyMember busy(log, 0);
-    uint messages = 0;
-    busy.onTurn = [&]() {
-      busy.running = !turnEnd->mustYield();
-      if (busy.running) onMessage(++messages);
-    };
-    turn();
-    return messages;
-  }
-};
-
-TEST_P(PortOfABusyLoop, ServesTimers) {
-  for (size_t bytes: { 8, 1 << 20 }) {
-    BusyMember busy(log, bytes);
-    uint64_t previous = 0;
-    for (uint i = 0; i < 20; i++) {
-      io.provider->getTimer().afterDelay(1 * kj::MILLISECONDS).wait(io.waitScope);
-      EXPECT_GT(busy.turns, previous) << "and it is not held up itself";
-      previous = busy.turns;
-    }
-    EXPECT_LT(busy.turns, FOREVER);
-    busy.running = false;
-    turn();
-  }
-}
-
-TEST_F(BusyPoll, TimersOfAKnownPortAreInTime) {
-  constexpr uint64_t SOON = 64;
-  turnEnd->usePort(io.unixEventPort);
-  BusyMember busy(log, 8);
-  for (uint i = 0; i < 20; i++) {
-    // Counted in turns, of which each takes a message, since the machine may interrupt us. (None, if
-    // the port was due just then.)
-    auto due = io.provider->getTimer().now() + 1 * kj::MILLISECONDS;
-    uint64_t turnsThen = FOREVER;
-    busy.onTurn = [&]() {
-      std::chrono::nanoseconds time = std::chrono::steady_clock::now().time_since_epoch();
-      if (kj::origin<kj::TimePoint>() + time.count() * kj::NANOSECONDS >= due) {
-        turnsThen = kj::min(turnsThen, busy.turns);
-      }
-    };
-    io.provider->getTimer().atTime(due).wait(io.waitScope);
-    EXPECT_LE(busy.turns, turnsThen + SOON);
-  }
-  busy.running = false;
-  turn();
-}
-
-TEST_P(PortOfABusyLoop, ServesExecutors) {
-  constexpr uint CALLS = 200;
-  BusyMember busy(log, 8);
-  auto paf = kj::newPromiseAndCrossThreadFulfiller<void>();
-  auto& executor = kj::getCurrentThreadExecutor();
-  uint calls = 0;
-  uint64_t turnsAtLast = 0;
-  kj::Thread thread([&]() {
-    for (uint i = 0; i < CALLS; i++) {
-      executor.executeSync([&]() {
-        ++calls;
-        turnsAtLast = busy.turns;
-      });
-    }
-    paf.fulfiller->fulfill();
-  });
-  paf.promise.wait(io.waitScope);
-  EXPECT_EQ(CALLS, calls);
-  EXPECT_GT(turnsAtLast, 0u);
-  EXPECT_LT(turnsAtLast, FOREVER);
-  busy.running = false;
-  turn();
-}
-
-TEST_P(PortOfABusyLoop, ServesSockets) {
-  BusyMember busy(log, 8);
-  auto pipe = io.provider->newTwoWayPipe();
-  kj::byte buffer[1];
-  for (uint i = 0; i < 200; i++) {
-    auto read = pipe.ends[0]->read(buffer, 1);
-    pipe.ends[1]->write("x", 1).wait(io.waitScope);
-    read.wait(io.waitScope);
-  }
-  EXPECT_LT(busy.turns, FOREVER);
-  busy.running = false;
-  turn();
-}
-
-TEST_P(PortOfABusyLoop, IsDueAfterMessagesBytesOrTime) {
-  FakeMember a(log, "a");
-  auto& turnEnd = a.turnEnd();
-  auto yield = [&]() {
-    auto promise = turnEnd.yieldToPort();
-    EXPECT_TRUE(turnEnd.mustYield()) << "all must";
-    promise.wait(io.waitScope);
-    EXPECT_FALSE(turnEnd.mustYield());
-  };
-
-  uint messages = 0;
-  while (!turnEnd.mustYield()) {
-    turnEnd.count(8);
-    ASSERT_LE(++messages, 2048u);
-  }
-  yield();
-  for (uint i = 0; i < 3; i++) {
-    EXPECT_FALSE(turnEnd.mustYield());
-    turnEnd.count(1 << 20);
-  }
-  turnEnd.count(1 << 20);
-  EXPECT_TRUE(turnEnd.mustYield());
-  yield();
-
-  // Few messages, but slow ones. The time is that of the machine, so only that it ends is sure.
-  EXPECT_LE(messagesUntilDue([](uint) { usleep(3000); }), 3u);
-
-  // More of them, but less than the most: enough if it costs little.
-  auto start = std::chrono::steady_clock::now();
-  messages = messagesUntilDue([](uint count) {
-    if (count % 64 == 0) usleep(200);
-  });
-  EXPECT_LE(messages, GetParam() ? 704u : 1408u);
-  auto elapsed = std::chrono::steady_clock::now() - start;
-  EXPECT_TRUE(messages >= 512 || elapsed > std::chrono::milliseconds(4)) << messages << " are few";
-}
-
-INSTANTIATE_TEST_SUITE_P(, PortOfABusyLoop, ::testing::Values(false, true),
-    [](auto& info) { return info.param ? "Known" : "Unknown"; });
 
 }  // namespace
 }  // namespace capnpshm

@@ -120,5 +120,22 @@ protected:
   kj::Own<TurnEnd> turnEnd;
 };
 
+class TurnEndWithoutLooks: public TurnEndFixture {
+  // Where looks at the port have proved to be in vain for long, so that there are none.
+
+protected:
+  TurnEndWithoutLooks() {
+    FakeMember a(log, "a");
+    a.waiting = true;
+    kj::uint previous = 0;
+    for (kj::uint i = 0; i < 3000; i++) {
+      kj::uint now = looks(a);
+      if (i > 1500 && previous > 0 && now == 0) break;
+      previous = now;
+    }
+  }
+  ~TurnEndWithoutLooks() noexcept override {}
+};
+
 }  // namespace testing
 }  // namespace capnpshm

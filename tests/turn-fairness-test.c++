@@ -1,7 +1,7 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
 // How TurnEnd shares the turns of a loop that is never idle among its members. How others on the
-// loop fare is in busy-poll-test.c++, what that means for connections in fairness-test.c++.
+// loop fare is in busy-port-test.c++, what that means for connections in fairness-test.c++.
 
 #include "turn-end-fixture.h"
 

@@ -59,6 +59,8 @@ TurnEnd::TurnEnd()
 
 TurnEnd::~TurnEnd() noexcept(false) { currentTurnEnd = nullptr; }
 
+void TurnEnd::usedSocket() { socketUsedAt = now(); }
+
 void TurnEnd::usePort(kj::UnixEventPort& port) {
   timer = port.getTimer();
   timers = kj::dynamicDowncastIfAvailable<kj::TimerImpl>(port.getTimer());
@@ -204,6 +206,7 @@ void TurnEnd::flush() {
   batch.clear();
   active.moveTo(batch);
   for (auto member: batch) member->flush();
+  if (!batch.empty()) spinningSince = 0;
   ++turns;
 
   if (lookCount > 0 && (messagesSincePort > 0 || bytesThisTurn > 0)) {
@@ -271,29 +274,30 @@ bool TurnEnd::spin() {
   uint64_t allowed = severalCpus ? budget->next(awake.getSpinNanoseconds()) : 0;
   if (allowed == 0) return false;
 
-  uint64_t start = now();
-  uint64_t busy = busyUntil - kj::min(busyUntil, start);
-  uint64_t elapsed = 0;
-  uint64_t timer = nextTimer();
-  do {
+  uint64_t time = now();
+  if (spinningSince == 0) spinningSince = time;
+  uint64_t busy = busyUntil - kj::min(busyUntil, spinningSince);
+  uint64_t due = mustYield() ? 0 : portDueAt();
+  while (time - spinningSince < allowed + busy) {
+    if (time >= due) {
+      // While there is nothing better to do. The spin goes on after that.
+      runLater(true);
+      return true;
+    }
     for (uint i = 0; i < ROUNDS_PER_LOOK_AT_CLOCK; i++) {
       pause();
       if (pollSome()) {
-        elapsed = now() - start;
+        uint64_t elapsed = now() - spinningSince;
         budget->hit(elapsed - kj::min(elapsed, busy));
         return true;
       }
       // One of them, since the next look is what matters.
       prepareOne();
     }
-    elapsed = now() - start;
-    if (start + elapsed >= timer) {
-      // Neither a hit nor a miss: goes on when the port has run.
-      runLater(true);
-      return true;
-    }
-  } while (elapsed < allowed + busy);
+    time = now();
+  }
   budget->miss();
+  spinningSince = 0;
   return false;
 }
 
@@ -372,14 +376,19 @@ void TurnEnd::dismissIdle() {
 
 void TurnEnd::lookAtClock() {
   uint64_t time = now();
-  if (withoutPortSince == 0) {
-    withoutPortSince = time;
-  } else {
-    bool cheap = timer != nullptr && messagesSincePort >= MANY_MESSAGES_WITHOUT_PORT;
-    uint64_t longest = cheap ? FEW_NANOSECONDS_WITHOUT_PORT : MAX_NANOSECONDS_WITHOUT_PORT;
-    if (time - withoutPortSince >= longest) portIsDue = true;
+  if (withoutPortSince == 0) withoutPortSince = time;
+  if (time >= portDueAt()) portIsDue = true;
+}
+
+uint64_t TurnEnd::portDueAt() {
+  // As far as that is a matter of time.
+  bool cheap = timer != nullptr && messagesSincePort >= MANY_MESSAGES_WITHOUT_PORT;
+  uint64_t longest = cheap ? FEW_NANOSECONDS_WITHOUT_PORT : MAX_NANOSECONDS_WITHOUT_PORT;
+  if (socketUsedAt != 0) {
+    uint64_t unused = withoutPortSince - kj::min(withoutPortSince, socketUsedAt);
+    longest = kj::min(longest, kj::max(unused / PART_OF_UNUSED, LEAST_NANOSECONDS_WITHOUT_PORT));
   }
-  if (time >= nextTimer()) portIsDue = true;
+  return kj::min(withoutPortSince + longest, nextTimer());
 }
 
 uint64_t TurnEnd::nextTimer() {

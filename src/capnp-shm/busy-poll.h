@@ -119,6 +119,9 @@ public:
     bytesSincePort += bytes;
   }
 
+  void usedSocket();
+  // A plain message was sent or received on the socket of a connection: there may soon be another.
+
   void moved(size_t bytes) { bytesThisTurn += bytes; }
   // So much was sent, or received: the peer is busy with it, or with the next of its size, for a
   // time that it would be premature to call a miss.
@@ -162,6 +165,11 @@ private:
   static constexpr uint MANY_MESSAGES_WITHOUT_PORT = 512;
   // If the port is known, both together are enough: the latter keep that below one system call in a
   // hundred small calls.
+  static constexpr uint64_t LEAST_NANOSECONDS_WITHOUT_PORT = 20000;
+  static constexpr uint64_t PART_OF_UNUSED = 8;
+  // After a socket was used, this part of the time since then: more will come there if a connection
+  // is being set up, or must stay plain, or another one follows. So what comes there waits for us at
+  // most an eighth of what we have waited for it, and a few dozen visits are in vain each time.
   static constexpr uint MAX_MESSAGES_A_TURN = 64;
   static constexpr uint MIN_MESSAGES_A_TURN = 16;
   // If there are others that are awake: few enough that they do not wait for long, and enough that
@@ -273,7 +281,8 @@ private:
   uint64_t looksMade = 0;
   uint lookCount = 0;                     // Of looks since there was last anything to do,
   uint64_t lookingSince = 0;              // and when they began.
-  SpinBudget* budget = &requests;         // That of the last run().
+  SpinBudget* budget = &requests;         // That of the last run(),
+  uint64_t spinningSince = 0;             // and when its spin began, or 0; the port may interrupt it.
   uint messagesThisTurn = 0;
   size_t bytesThisTurn = 0;
   uint64_t busyUntil = 0;                 // As far as can be told from what was moved.
@@ -282,6 +291,7 @@ private:
   size_t sleepersSincePort = 0;
   uint64_t withoutPortSince = 0;          // When we first looked at the clock since then; or 0.
   bool portIsDue = false;
+  uint64_t socketUsedAt = 0;              // Or 0 if none was yet.
   uint64_t asleepSince = 0;               // Or 0 if the loop is awake,
   bool peersShareCpu = false;             // and whether we wait for peers on our own CPU only.
 
@@ -309,6 +319,7 @@ private:
   void putToSleep(Member& member);
   void dismissIdle();
   void lookAtClock();
+  uint64_t portDueAt();
   uint64_t nextTimer();
   void portHasRun();
 };

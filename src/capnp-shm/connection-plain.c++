@@ -87,6 +87,7 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
     KJ_IF_MAYBE(m, message) {
       auto size = measure(*m->reader);
       getTurnEnd().count(size.wireBytes);
+      getTurnEnd().usedSocket();
       incomingStats.socketBytes += size.wireBytes;
       // Also if it is decided: what the peer sent before it knew may still be under way.
       // Not into long ones: what is read here counts against the application's traversal limit.
@@ -235,6 +236,7 @@ void SharedMemoryConnection::sendPlain(
 }
 
 void SharedMemoryConnection::addPlain(PlainFrame&& frame) {
+  getTurnEnd().usedSocket();
   // Frames of one turn of the event loop leave with one write, which wakes the peer once.
   bool alone = frame.fds.size() > 0;
   if (alone) openBatch = nullptr;

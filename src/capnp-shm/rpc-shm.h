@@ -145,7 +145,8 @@ struct SharedMemoryContext {
 
   kj::UnixEventPort* port = nullptr;
   // The event port of the thread's event loop, e.g. `&asyncIo.unixEventPort`. With it a wake-up costs
-  // this side one system call instead of four, and its peer one wake-up less. Must outlive the
+  // this side one system call instead of four, and its peer one wake-up less; and the loop's timers
+  // are in time while this connection is never idle, rather than up to 4 ms late. Must outlive the
   // network.
 
   SharedMemoryOptions options;
