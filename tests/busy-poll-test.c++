@@ -160,7 +160,7 @@ TEST_F(BusyPoll, SpinsAsLongAsThatPays) {
 TEST_F(BusyPoll, SpinEndsWhenATimerExpires) {
   if (EMULATED) GTEST_SKIP() << "too slow under an emulator for any spin to pay";
   if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no spinning on a single CPU";
-  constexpr uint64_t FEW = 24, MANY = 3 * FEW;
+  constexpr uint64_t FEW = 8, MANY = 2 * FEW;
   turnEnd->usePort(io.unixEventPort);
   FakeMember a(log, "a", 1000000);
   a.quiet = a.waiting = a.answer = true;

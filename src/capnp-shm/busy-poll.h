@@ -29,6 +29,9 @@ class TurnEnd final: public kj::Refcounted {
   //   nanoseconds, a bell and what it takes to find it costs microseconds;
   // - and of those that sleep a few are looked at each time too, in turn. They have a bell as well.
   //
+  // For all others on the loop the port is visited, at long intervals, but sooner after a socket was
+  // used, and when a timer expires.
+  //
   // Invariants:
   // - A member is in one crowd at most, and waits for nothing if it is in none.
   // - If one is active, awake or looks for something on its socket, run() is coming.
