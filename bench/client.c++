@@ -141,11 +141,10 @@ void Slice::stopCounting() {
 }
 
 void Slice::stop() {
-  if (isTrapped) stopCounting();
+  if (isCounted) stopCounting();
   seconds = (now() - startTime) * 1e-9;
   clientSeconds = cpuSecondsOf(getpid()) - clientSeconds;
   if (hasServer()) serverSeconds = cpuSecondsOf(session.serverPid) - serverSeconds;
-  if (isCounted && !isTrapped) stopCounting();
   contextSwitches = countContextSwitches() - contextSwitches;
   totalsAfter = session.totals();
 }
