@@ -95,6 +95,22 @@ TEST(SpinBudget, PatientAfterManyInARowThatPaid) {
   EXPECT_LE(budget.next(LONGEST), 20000u);
 }
 
+TEST(SpinBudget, TheMorePatientTheMoreThatPaid) {
+  // A peer that was there ten thousand times was interrupted, and both are spared a sleep if we wait.
+  constexpr uint64_t ALLOWED = 1000000, SLEEP = 45000;
+  SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
+  for (uint hits = 1; hits <= 10000; hits++) {
+    budget.hit(2000);
+    // What this may cost if it is in vain is in proportion to what was saved before.
+    EXPECT_LE(budget.next(ALLOWED), SLEEP + hits * SLEEP / 64) << hits;
+  }
+  EXPECT_EQ(ALLOWED, budget.next(ALLOWED));
+  EXPECT_EQ(LONGEST, budget.next(LONGEST));
+  budget.miss();
+  budget.hit(2000);
+  EXPECT_LT(budget.next(ALLOWED), SLEEP);
+}
+
 TEST(SpinBudget, AnAnswerThatTakesAWakeUpStillPays) {
   // As of one that calls with pauses: its peer sleeps each time, but it need not as well.
   SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);

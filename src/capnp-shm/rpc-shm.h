@@ -88,7 +88,7 @@ struct SharedMemoryOptions {
   // and a quarter of `maxBytes`. Used once the sending direction is in shared memory; before, or
   // on a plain connection, the window is the socket's send buffer, as TwoPartyVatNetwork has it.
 
-  uint spinMicroseconds = 100;
+  uint spinMicroseconds = 500;
   // How long, at the end of an event loop's turn, to look for an answer or the next request before
   // going to sleep, in microseconds, at most; 0 for never. A sleep and its wake-up cost tens of
   // microseconds, an answer from a peer that is awake comes in two or three. To this is added, for
@@ -97,14 +97,17 @@ struct SharedMemoryOptions {
   //
   // The time actually spent adapts to whether it pays, separately for answers and for requests, down
   // to nothing when it does not: on an overloaded machine, between calls that come with pauses, or
-  // for slow calls. It never lasts much longer than a sleep and its wake-ups would take, which
-  // is taken for 45 µs, or more, up to 95, where sleeps prove to take longer.
+  // for slow calls. It lasts hardly longer than a sleep and its wake-ups would take, which is taken
+  // for 45 µs, or more, up to 95, where sleeps prove to take longer; unless it found something many
+  // times in a row: each earns another 64th of a sleep, since a peer that was there so often has
+  // probably been interrupted, and then both are spared a sleep.
   //
   // What it may cost: CPU time of about 10 µs for each time that it finds nothing while answers come at
   // once, more the longer they take; or as long as a sleep if sixteen in a row before did find
-  // something. After a few of those, a trial of twice as long every 256 sleeps, or of twice 15 µs
-  // every 32 answers, at most; every 2048 sleeps if the peers run on the same CPU. Never used on a
-  // single CPU. If connections on one loop differ, the longest counts.
+  // something, and 0.7 to 1.5 µs more for each of them. After a few that find nothing, a trial of
+  // twice a sleep's length every 256 sleeps, or of twice 15 µs every 32 answers, at most; every 2048
+  // sleeps if the peers run on the same CPU. Never used on a single CPU. If connections on one loop
+  // differ, the longest counts.
   //
   // After that, and with 0 too, the loop looks at its event port a few times more before it sleeps,
   // three system calls each, or one if `port` is given, for what comes as a bell or on another
