@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The capnp-shm authors. Licensed under the MIT License; see LICENSE.
 
-// When a loop that is never idle looks at its port, and how those fare that wait for it.
+// When a loop that is never idle looks at its port, and how those fare that wait for it; when it
+// should is in port-schedule-test.c++.
 
 #include "turn-end-fixture.h"
 
@@ -120,15 +121,6 @@ TEST_P(PortOfABusyLoop, IsDueAfterMessagesBytesOrTime) {
 
   // Few messages, but slow ones. The time is that of the machine, so only that it ends is sure.
   EXPECT_LE(messagesUntilDue([](uint) { usleep(3000); }), 3u);
-
-  // More of them, but less than the most: enough if it costs little.
-  auto start = std::chrono::steady_clock::now();
-  messages = messagesUntilDue([](uint count) {
-    if (count % 64 == 0) usleep(200);
-  });
-  EXPECT_LE(messages, GetParam() ? 704u : 1408u);
-  auto elapsed = std::chrono::steady_clock::now() - start;
-  EXPECT_TRUE(messages >= 512 || elapsed > std::chrono::milliseconds(4)) << messages << " are few";
 }
 
 TEST_P(PortOfABusyLoop, IsDueSoonerAfterASocketWasUsed) {

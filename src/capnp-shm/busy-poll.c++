@@ -59,12 +59,7 @@ TurnEnd::TurnEnd()
 
 TurnEnd::~TurnEnd() noexcept(false) { currentTurnEnd = nullptr; }
 
-void TurnEnd::usedSocket() { socketUsedAt = now(); }
-
-void TurnEnd::usePort(kj::UnixEventPort& port) {
-  timer = port.getTimer();
-  timers = kj::dynamicDowncastIfAvailable<kj::TimerImpl>(port.getTimer());
-}
+void TurnEnd::usedSocket() { portSchedule.usedSocket(now()); }
 
 TurnEnd::Crowd::~Crowd() noexcept(false) {}
 
@@ -159,7 +154,7 @@ void TurnEnd::schedule() {
     budget->slept(end - begin, peersShareCpu);
     lookBudget->slept(end - begin, peersShareCpu);
     asleepSince = 0;
-    portHasRun();
+    portSchedule.wasVisited();
   }
   runLater(mustYield());
 }
@@ -177,7 +172,7 @@ void TurnEnd::run() {
   pending = nullptr;
   KJ_DEFER(finished = kj::mv(running));
 
-  lookAtClock();
+  portSchedule.lookAtClock(now());
   flush();
   bool found = poll() || !active.empty();
   if (!found) {
@@ -209,7 +204,7 @@ void TurnEnd::flush() {
   if (!batch.empty()) spinningSince = 0;
   ++turns;
 
-  if (lookCount > 0 && (messagesSincePort > 0 || bytesThisTurn > 0)) {
+  if (lookCount > 0 && (portSchedule.tookAny() || bytesThisTurn > 0)) {
     lookBudget->hit(now() - lookingSince);
     lookCount = 0;
   }
@@ -255,7 +250,7 @@ bool TurnEnd::pollSome() {
 inline void TurnEnd::moveReadySleepers() {
   size_t before = batch.size();
   asleep.moveReadyTo(batch, nextSleeper, OTHERS_A_LOOK);
-  sleepersSincePort += batch.size() - before;
+  portSchedule.foundSleepers(batch.size() - before);
 }
 
 inline bool TurnEnd::proceed() {
@@ -277,7 +272,7 @@ bool TurnEnd::spin() {
   uint64_t time = now();
   if (spinningSince == 0) spinningSince = time;
   uint64_t busy = busyUntil - kj::min(busyUntil, spinningSince);
-  uint64_t due = mustYield() ? 0 : portDueAt();
+  uint64_t due = portSchedule.dueAt();
   while (time - spinningSince < allowed + busy) {
     if (time >= due) {
       // While there is nothing better to do. The spin goes on after that.
@@ -337,10 +332,24 @@ bool TurnEnd::lookAtPort() {
     lookBudget->miss();
     return false;
   }
+  if (lookCount >= LOOKS && spinBetweenLooks()) return true;
   ++lookCount;
   ++looksMade;
   runLater(true);
   return true;
+}
+
+bool TurnEnd::spinBetweenLooks() {
+  // If spins are allowed at all: in memory we see the same for the same time without a system call.
+  if (awake.getSpinNanoseconds() == 0) return false;
+  uint64_t end = now() + NANOSECONDS_BETWEEN_LOOKS;
+  do {
+    for (uint i = 0; i < ROUNDS_PER_LOOK_AT_CLOCK; i++) {
+      pause();
+      if (pollSome()) return true;
+    }
+  } while (now() < end);
+  return false;
 }
 
 bool TurnEnd::hasLookedEnough() {
@@ -372,56 +381,6 @@ void TurnEnd::dismissIdle() {
       ++nextToDismiss;
     }
   }
-}
-
-void TurnEnd::lookAtClock() {
-  uint64_t time = now();
-  if (withoutPortSince == 0) withoutPortSince = time;
-  if (time >= portDueAt()) portIsDue = true;
-}
-
-uint64_t TurnEnd::portDueAt() {
-  // As far as that is a matter of time.
-  bool cheap = timer != nullptr && messagesSincePort >= MANY_MESSAGES_WITHOUT_PORT;
-  uint64_t longest = cheap ? FEW_NANOSECONDS_WITHOUT_PORT : MAX_NANOSECONDS_WITHOUT_PORT;
-  if (socketUsedAt != 0) {
-    uint64_t unused = withoutPortSince - kj::min(withoutPortSince, socketUsedAt);
-    longest = kj::min(longest, kj::max(unused / PART_OF_UNUSED, LEAST_NANOSECONDS_WITHOUT_PORT));
-  }
-  return kj::min(withoutPortSince + longest, nextTimer());
-}
-
-uint64_t TurnEnd::nextTimer() {
-  // When the next timer expires that something on the loop waits for; never, as far as we can ask.
-  KJ_IF_MAYBE(t, timers) {
-    KJ_IF_MAYBE(event, t->nextEvent()) {
-      return (*event - kj::origin<kj::TimePoint>()) / kj::NANOSECONDS;
-    }
-  }
-  return kj::maxValue;
-}
-
-void TurnEnd::portHasRun() {
-  messagesSincePort = 0;
-  sleepersSincePort = 0;
-  bytesSincePort = 0;
-  withoutPortSince = 0;
-  portIsDue = false;
-}
-
-kj::Promise<void> TurnEnd::yieldToPort() {
-  // What is counted stays as it is until then, or others could keep the loop from the port.
-  auto yielded = kj::Promise<void>(nullptr);
-  KJ_IF_MAYBE(t, timer) {
-    // The port serves its timer when it has asked the system for everything else.
-    yielded = t->afterDelay(0 * kj::SECONDS);
-  } else {
-    // A fulfiller for other threads goes through it. (port.poll() would swallow events of other threads.)
-    auto paf = kj::newPromiseAndCrossThreadFulfiller<void>();
-    paf.fulfiller->fulfill();
-    yielded = kj::mv(paf.promise);
-  }
-  return yielded.then([this]() { portHasRun(); });
 }
 
 }  // namespace capnpshm

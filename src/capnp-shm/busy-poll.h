@@ -3,10 +3,9 @@
 #pragma once
 
 #include "layout.h"
+#include "port-schedule.h"
 #include "spin-budget.h"
-#include <kj/async-unix.h>
 #include <kj/refcount.h>
-#include <kj/timer.h>
 #include <kj/vector.h>
 
 namespace capnpshm {
@@ -49,7 +48,7 @@ public:
   TurnEnd();
   ~TurnEnd() noexcept(false);
 
-  void usePort(kj::UnixEventPort& port);
+  void usePort(kj::UnixEventPort& port) { portSchedule.usePort(port); }
   // Tells which port the loop waits on. It must outlive this object. A visit to the port costs less
   // then, and timers need not wait for the next one.
 
@@ -118,8 +117,7 @@ public:
     // A message of `bytes` was taken, or published after it had waited.
     moved(bytes);
     ++messagesThisTurn;
-    ++messagesSincePort;
-    bytesSincePort += bytes;
+    portSchedule.took(bytes);
   }
 
   void usedSocket();
@@ -146,33 +144,16 @@ public:
     // Whether so much was done since the loop last looked at its port that it must do that first,
     // or timers, other connections and other threads would starve: the port is never polled while
     // the loop has something to do.
-    return messagesSincePort >= MAX_MESSAGES_WITHOUT_PORT ||
-        bytesSincePort >= MAX_BYTES_WITHOUT_PORT ||
-        sleepersSincePort >= MAX_SLEEPERS_WITHOUT_PORT || portIsDue;
+    return portSchedule.isDue();
   }
 
-  kj::Promise<void> yieldToPort();
+  kj::Promise<void> yieldToPort() { return portSchedule.visit(); }
   // Resolves after the port has run. Costs about three system calls; one if the port is known.
 
   uint64_t getLooks() const { return looksMade; }
   // At the port so far, before going to sleep.
 
 private:
-  static constexpr uint MAX_MESSAGES_WITHOUT_PORT = 2048;
-  static constexpr size_t MAX_BYTES_WITHOUT_PORT = 4 << 20;
-  static constexpr uint64_t MAX_NANOSECONDS_WITHOUT_PORT = 4000000;
-  static constexpr size_t MAX_SLEEPERS_WITHOUT_PORT = 4;
-  // That were found to have something. The bell of each waits there, and takes some microseconds to
-  // take; so not too many of them at once.
-  static constexpr uint64_t FEW_NANOSECONDS_WITHOUT_PORT = 1000000;
-  static constexpr uint MANY_MESSAGES_WITHOUT_PORT = 512;
-  // If the port is known, both together are enough: the latter keep that below one system call in a
-  // hundred small calls.
-  static constexpr uint64_t LEAST_NANOSECONDS_WITHOUT_PORT = 20000;
-  static constexpr uint64_t PART_OF_UNUSED = 8;
-  // After a socket was used, this part of the time since then: more will come there if a connection
-  // is being set up, or must stay plain, or another one follows. So what comes there waits for us at
-  // most an eighth of what we have waited for it, and a few dozen visits are in vain each time.
   static constexpr uint MAX_MESSAGES_A_TURN = 64;
   static constexpr uint MIN_MESSAGES_A_TURN = 16;
   // If there are others that are awake: few enough that they do not wait for long, and enough that
@@ -209,6 +190,8 @@ private:
   // pay, the first or second finds something, so that we make fewer system calls for each message
   // than TwoPartyVatNetwork, whose own keep it from sleeping too early. (With two, both sides
   // lost each other for a tenth of a second now and then.)
+  static constexpr uint64_t NANOSECONDS_BETWEEN_LOOKS = 8000;
+  // If there are more than these, and spins are allowed.
   static constexpr uint64_t ANSWER_LOOKS_TRIAL = 45000;
   static constexpr uint64_t REQUEST_LOOKS_TRIAL = 30000;
   // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must wait
@@ -272,8 +255,7 @@ private:
   kj::Maybe<kj::Promise<void>> finished;  // That called it last.
   kj::Vector<Member*> batch;              // Of run(); kept for its memory.
   bool severalCpus;
-  kj::Maybe<kj::Timer&> timer;            // Of the port, if that is known,
-  kj::Maybe<kj::TimerImpl&> timers;       // and if what waits for it can be asked.
+  PortSchedule portSchedule;
   SpinBudget answers;
   SpinBudget requests;
   SpinBudget answerLooks;
@@ -289,12 +271,6 @@ private:
   uint messagesThisTurn = 0;
   size_t bytesThisTurn = 0;
   uint64_t busyUntil = 0;                 // As far as can be told from what was moved.
-  uint messagesSincePort = 0;
-  size_t bytesSincePort = 0;
-  size_t sleepersSincePort = 0;
-  uint64_t withoutPortSince = 0;          // When we first looked at the clock since then; or 0.
-  bool portIsDue = false;
-  uint64_t socketUsedAt = 0;              // Or 0 if none was yet.
   uint64_t asleepSince = 0;               // Or 0 if the loop is awake,
   bool peersShareCpu = false;             // and whether we wait for peers on our own CPU only.
 
@@ -318,13 +294,10 @@ private:
   bool prepare();
   bool prepareOne();
   bool lookAtPort();
+  bool spinBetweenLooks();
   bool hasLookedEnough();
   void putToSleep(Member& member);
   void dismissIdle();
-  void lookAtClock();
-  uint64_t portDueAt();
-  uint64_t nextTimer();
-  void portHasRun();
 };
 
 }  // namespace capnpshm
