@@ -77,14 +77,16 @@ TEST_F(LooksAtPort, ForWhatIsAwaitedOnASocketAndNowhereElse) {
 
   // Beside one that waits for something else, which has its spin first.
   b.waiting = true;
-  uint64_t before = turnEnd->getLooks(), spins = 0;
+  uint64_t before = turnEnd->getLooks(), spins = 0, atLooks = 0;
   b.isThere = [&]() {
-    if (turnEnd->getLooks() == before) ++spins;
+    ++(turnEnd->getLooks() == before ? spins : atLooks);
     return false;
   };
   a.active();
-  EXPECT_GT(looks(b), 0u);
+  uint count = looks(b);
+  EXPECT_GT(count, 0u);
   EXPECT_GT(spins, 1u);
+  EXPECT_LE(atLooks, count) << "no spins between them, which would make it wait";
   EXPECT_EQ("aF bF bP bS aS ", log);
 }
 

@@ -340,8 +340,9 @@ bool TurnEnd::lookAtPort() {
 }
 
 bool TurnEnd::spinBetweenLooks() {
-  // If spins are allowed at all: in memory we see the same for the same time without a system call.
-  if (awake.getSpinNanoseconds() == 0) return false;
+  // If spins are allowed at all: in memory we see the same for the same time without a system call,
+  // unless somebody waits for what will come through the port.
+  if (!atSocket.empty() || awake.getSpinNanoseconds() == 0) return false;
   uint64_t end = now() + NANOSECONDS_BETWEEN_LOOKS;
   do {
     for (uint i = 0; i < ROUNDS_PER_LOOK_AT_CLOCK; i++) {

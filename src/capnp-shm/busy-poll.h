@@ -191,7 +191,7 @@ private:
   // than TwoPartyVatNetwork, whose own keep it from sleeping too early. (With two, both sides
   // lost each other for a tenth of a second now and then.)
   static constexpr uint64_t NANOSECONDS_BETWEEN_LOOKS = 8000;
-  // If there are more than these, and spins are allowed.
+  // If there are more than these, spins are allowed, and nobody waits for a socket.
   static constexpr uint64_t ANSWER_LOOKS_TRIAL = 45000;
   static constexpr uint64_t REQUEST_LOOKS_TRIAL = 30000;
   // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must wait
@@ -218,7 +218,7 @@ private:
     bool expectsAnswer() const { return answersExpected > 0; }
     // Whether any of them does.
     uint64_t getSpinNanoseconds() const { return spinNanoseconds; }
-    // The most of any since it was last empty.
+    // The most of any since it was last empty. Not to be asked while it is.
     void add(Member& member, const SharedWord* word = nullptr);
     void remove(Member& member);               // The last one takes its place.
     void moveTo(kj::Vector<Member*>& target);  // All, in order.
