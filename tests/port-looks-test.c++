@@ -154,7 +154,7 @@ TEST_F(LooksAtPort, SpinsBetweenThemWhereThatIsAllowed) {
   uint64_t before = turnEnd->getLooks();
   uint polls = 0;
   a.isThere = [&]() {
-    polls += turnEnd->getLooks() == before + 5;
+    polls += turnEnd->getLooks() == before + 4;
     return false;
   };
   uint count = looks(a);
