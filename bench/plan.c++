@@ -20,6 +20,9 @@ const kj::StringPtr BETWEEN_PROCESSES[] = {
 const kj::StringPtr MAIN[] = {
   "twoparty", "default", "copy-spin", "copy-nospin", "inplace-spin", "inplace-nospin"
 };
+const kj::StringPtr STREAMS[] = {
+  "twoparty", "default", "copy-spin", "copy-nospin", "inplace-spin", "inplace-nospin", "in-process"
+};
 const kj::StringPtr FEW[] = { "twoparty", "default", "copy-nospin", "inplace-spin" };
 const kj::StringPtr BRIEF_WINDOW[] = { "twoparty", "copy-spin", "copy-nospin", "in-process" };
 const kj::StringPtr SHARED[] = { "default", "inplace-spin" };
@@ -48,8 +51,8 @@ public:
       add("first_param_rw", FEW, Parameters::ofPayload(bytes)).countSystemCalls = false;
       add("second_param_rw", FEW, Parameters::ofPayload(bytes)).countSystemCalls = false;
     }
-    add("stream", MAIN, Parameters::ofPayload(64 * KIB));
-    add("stream_rw", MAIN, Parameters::ofPayload(64 * KIB));
+    add("stream", STREAMS, Parameters::ofPayload(64 * KIB));
+    add("stream_rw", STREAMS, Parameters::ofPayload(64 * KIB));
     add("held", FEW, Parameters::ofPayload(4 * KIB));
     addBesideBusy();
     addConnections();

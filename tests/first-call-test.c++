@@ -4,6 +4,7 @@
 
 #include <capnp-shm/busy-poll.h>
 #include <kj/function.h>
+#include <unistd.h>
 
 // That a few calls of a connection need no shared memory, and that nothing after them does without:
 // until when a client puts off its switch.
@@ -102,6 +103,14 @@ TEST(FirstCall, NeedsNoSharedMemory) {
   EXPECT_EQ(0u, pair.regions());
   pair.atClient = nullptr;
   EXPECT_EQ(0u, pair.regions());
+}
+
+TEST(FirstCall, IsLookedForBeforeSleeping) {
+  if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "no looks on a single CPU";
+  Pair pair;
+  pair.firstCall();
+  EXPECT_EQ(0u, pair.regions());
+  EXPECT_GT(TurnEnd::forThisLoop()->getLooks(), 0u) << "its socket is all that there is so far";
 }
 
 TEST(FirstCall, WhoSleepsWithTheAnswerShares) {

@@ -204,7 +204,7 @@ void TurnEnd::flush() {
   if (!batch.empty()) spinningSince = 0;
   ++turns;
 
-  if (lookCount > 0 && (portSchedule.tookAny() || bytesThisTurn > 0)) {
+  if (lookCount > 0 && (messagesThisTurn > 0 || bytesThisTurn > 0)) {
     lookBudget->hit(now() - lookingSince);
     lookCount = 0;
   }

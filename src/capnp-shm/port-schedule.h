@@ -54,9 +54,6 @@ public:
   void wasVisited();
   // It has run, perhaps since the loop was idle.
 
-  bool tookAny() const { return messages > 0; }
-  // Since then.
-
 private:
   static constexpr uint MAX_MESSAGES = 2048;
   static constexpr size_t MAX_BYTES = 4 << 20;
