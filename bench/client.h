@@ -132,9 +132,10 @@ public:
 
   template <typename Call>
   void runBeside(Call&& call) {
-    // Likewise, beside others that go on all the time and whose CPU and system calls it would be that
-    // are counted, so only latencies are for reportLatencies(); `call` returns them. All stand still
-    // while start() takes its figures, and have to get going again before anything is measured.
+    // Likewise, beside others that go on all the time and whose CPU and system calls it would be
+    // that are counted, so only latencies are for reportLatencies(); `call` returns them. All stand
+    // still while start() takes its figures, and have to get going again before anything is
+    // measured.
     start();
     warmUp(call);
     do record(call()); while (more());

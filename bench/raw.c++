@@ -36,9 +36,9 @@ void copyAll(kj::ArrayPtr<kj::byte> to, kj::ArrayPtr<const kj::byte> from) {
 }
 
 class Buffer {
-  // Written, and aligned as blocks of shared memory are. (glibc's memcpy() takes ten times as long on
-  // some processors if the target lies just behind the source, modulo the size of a page; and just
-  // there malloc() puts two blocks of a round size.)
+  // Written, and aligned as blocks of shared memory are. (glibc's memcpy() takes ten times as long
+  // on some processors if the target lies just behind the source, modulo the size of a page; and
+  // just there malloc() puts two blocks of a round size.)
 
 public:
   explicit Buffer(size_t bytes): space(kj::heapArray<kj::byte>(bytes + ALIGNMENT)) {
@@ -155,9 +155,9 @@ private:
 };
 
 class Handover final: public PingPong {
-  // One writes a block, the other copies it to memory of its own: what any transport must do
-  // whose receiver copies. The lines travel between the caches, there and, to be written again,
-  // back; unless there are so many blocks, used in turn, that meanwhile they left the other's cache.
+  // One writes a block, the other copies it to memory of its own: what any transport must do whose
+  // receiver copies. The lines travel between the caches, there and, to be written again, back;
+  // unless there are so many blocks, used in turn, that meanwhile they left the other's cache.
 
 public:
   Handover(size_t bytes, size_t count): blocks(bytes * count), copy(bytes) {}

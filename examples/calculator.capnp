@@ -10,8 +10,8 @@ interface Calculator {
   # both directions, large messages, and a stream.
 
   evaluate @0 (expression :Expression) -> (value :Value);
-  # Returns at once with a Value; whoever wants the number read()s it. A caller may read() it, or use
-  # it in another expression, before this call has returned (promise pipelining).
+  # Returns at once with a Value; whoever wants the number read()s it. A caller may read() it, or
+  # use it in another expression, before this call has returned (promise pipelining).
 
   getOperator @1 (operator :Operator) -> (function :Function);
 

@@ -65,7 +65,8 @@ public:
 
     // A connection begins as a plain stream, and stays one for a few calls: so short a connection
     // would not be worth shared memory. With the next we switch, and the server with the answer. We
-    // look at the figures then, so that we can say below what came before the switch and what after.
+    // look at the figures then, so that we can say below what came before the switch and what
+    // after.
     for (uint i = 0; i <= shm.options.plainCalls; i++) {
       calculator.getOperatorRequest().send().wait(waitScope);
     }

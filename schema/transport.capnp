@@ -19,16 +19,17 @@ struct Control {
     # The sender could use shared memory.
 
     mapped @2 :Void;
-    # The answer to `switch`: the sender has mapped the receiver's first region. It has switched too.
+    # The answer to `switch`: the sender has mapped the receiver's first region. It has switched
+    # too.
 
     declined @3 :Text;
     # The sender stays with plain frames in both directions; why. The answer to an offer, or to
     # `switch`.
 
     switch @4 :Void;
-    # The last plain frame of this direction, unless the receiver declines: what follows is in shared
-    # memory, and on the socket there are only control messages and bells. The fd of the sender's first
-    # region is attached.
+    # The last plain frame of this direction, unless the receiver declines: what follows is in
+    # shared memory, and on the socket there are only control messages and bells. The fd of the
+    # sender's first region is attached.
 
     region @5 :Region;
     # The sender has made a further region; its fd is attached.
@@ -95,8 +96,8 @@ struct Offer {
   # The size of the largest sealed segment that the sender would map; 0 if it accepts none.
 
   maxFdsAhead @8 :UInt32 = 64;
-  # How many file descriptors may come to the sender for messages which it has not consumed. Those of
-  # a single message always may.
+  # How many file descriptors may come to the sender for messages which it has not consumed. Those
+  # of a single message always may.
 }
 
 struct Region {

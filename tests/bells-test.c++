@@ -7,8 +7,8 @@
 #include <sched.h>
 #include <sys/socket.h>
 
-// What a connection tells a hand-made peer of its sleep, by which bells it wakes one that sleeps, and
-// by which it is woken itself.
+// What a connection tells a hand-made peer of its sleep, by which bells it wakes one that sleeps,
+// and by which it is woken itself.
 
 namespace capnpshm {
 namespace testing {

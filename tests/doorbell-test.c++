@@ -109,8 +109,8 @@ public:
         ++peer.rung;
       }
       auto isThere = [&]() { return peer.count.load(std::memory_order_acquire) >= i; };
-      // Mostly both sides stay awake, so that what matters happens often: one gives up just when the
-      // other publishes.
+      // Mostly both sides stay awake, so that what matters happens often: one gives up just when
+      // the other publishes.
       uint64_t patience = random() % 8 == 0 ? random() % 128 : 50000;
       while (patience > 0 && !isThere()) patience--;
       while (!isThere()) {

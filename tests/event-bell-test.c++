@@ -11,7 +11,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-// The two ways in which a loop is woken from outside: the peer's eventfd, and our own other threads.
+// The two ways in which a loop is woken from outside: the peer's eventfd, and our own other
+// threads.
 
 namespace capnpshm {
 namespace {

@@ -9,9 +9,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-// While one connection is never quiet, everybody else on the same event loop goes on: a timer, calls
-// from other threads, a plain connection, and a hundred more in shared memory. And connections that
-// are all busy, or one that sleeps beside one that is, are served alike.
+// While one connection is never quiet, everybody else on the same event loop goes on: a timer,
+// calls from other threads, a plain connection, and a hundred more in shared memory. And
+// connections that are all busy, or one that sleeps beside one that is, are served alike.
 
 namespace capnpshm {
 namespace conformance {

@@ -41,7 +41,8 @@ uint64_t breakOf(pid_t pid) {
 }
 
 class Injector {
-  // Lets the calls of a traced process go wrong. One thread sets the phase, another is the tracer's.
+  // Lets the calls of a traced process go wrong. One thread sets the phase, another is the
+  // tracer's.
 
 public:
   Injector(const Fault& fault, int error, uint first)
@@ -209,8 +210,8 @@ protected:
             exceptions.add(kj::mv(*exception));
           }
           if (phase == Phase::SET_UP && exceptions.size() == 0) {
-            // The helper has mapped our region, or declined, when it answers a call that we made after
-            // we had done so with its own.
+            // The helper has mapped our region, or declined, when it answers a call that we made
+            // after we had done so with its own.
             until([&]() {
               return KJ_ASSERT_NONNULL(end->network.getStats()).incoming.transport !=
                   Transport::STARTING;

@@ -317,8 +317,8 @@ TEST_F(HostileTest, RandomDescriptors) {
           + anyEntry() + anyEntry() + anyEntry();
       body.resize(kj::min(body.size(), size_t(MAX_BODY_WORDS)));
       peer.publish({ kind, uint8_t(pick({ 0, 0, 0, 1, 8 })),
-          uint16_t(pick({ 0, 1, 2, 3, 4, uint64_t(lrand48() % 600) })), uint16_t(lrand48() % 9 == 0),
-          uint16_t(inlineWords) }, body);
+          uint16_t(pick({ 0, 1, 2, 3, 4, uint64_t(lrand48() % 600) })),
+          uint16_t(lrand48() % 9 == 0), uint16_t(inlineWords) }, body);
     }
     kj::runCatchingExceptions([&]() { peer.bell(); });
     peer.hangUp();

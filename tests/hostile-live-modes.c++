@@ -14,7 +14,8 @@ std::vector<LiveMode> liveModes() {
   options.maxBytes = 4 << 20;
   options.plainCalls = 1;
   result.push_back({ "copy", options });
-  // Few messages are so large that the attackers' library seals them by itself; attackers by hand do.
+  // Few messages are so large that the attackers' library seals them by itself; attackers by hand
+  // do.
   options.sealedThresholdBytes = 16 << 10;
   result.push_back({ "sealed", options });
   return result;

@@ -77,9 +77,9 @@ void fillMessage(capnp::MessageBuilder& message, uint depth, bool quiet);
 // what is wrong, and goes on.
 
 constexpr size_t QUIET_WORDS = 1 + 2 + 2 + 1;
-// At the beginning of a quiet one, which are what keeps it quiet: the root pointer, Message, Message
-// and Resolve, each of a word of data and a pointer, of which the last is the first that nobody else
-// looks at.
+// At the beginning of a quiet one, which are what keeps it quiet: the root pointer, Message,
+// Message and Resolve, each of a word of data and a pointer, of which the last is the first that
+// nobody else looks at.
 
 struct Dish {
   // A message that lies in our region.

@@ -30,8 +30,8 @@ using process::resourcesOf;
 
 constexpr uint LOOK_MILLISECONDS = 20;
 constexpr uint MAX_LOOKS_WITHOUT = 30 * 1000 / LOOK_MILLISECONDS;
-// How often the driver may look without seeing the victim's timer, or an honest call, go on. Counted
-// in looks, so that what stops all processes at once is nobody's fault.
+// How often the driver may look without seeing the victim's timer, or an honest call, go on.
+// Counted in looks, so that what stops all processes at once is nobody's fault.
 
 struct Parameters {
   uint seconds = 20;
@@ -365,7 +365,8 @@ bool run(const Parameters& parameters) {
     attack.print();
     good = good && passed;
   }
-  // What the copy is for. Should the sanitizer say anything below this line, that is what is wanted.
+  // What the copy is for. Should the sanitizer say anything below this line, that is what is
+  // wanted.
   std::cout << "=== control run: a victim that does not copy" << std::endl;
   Run control(parameters, findLiveMode("copy"), HOSTILE_LIVE_VICTIM_UNSAFE);
   good = control.control(60) && good;

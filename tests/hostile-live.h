@@ -10,8 +10,8 @@
 //   and serves it;
 // - attackers (hostile-live-attacker.c++): one connection after the other, each of a kind below.
 //
-// In the control run the victim is compiled so that it reads in place what it should copy. That must
-// be noticed.
+// In the control run the victim is compiled so that it reads in place what it should copy. That
+// must be noticed.
 
 #include "process-fixture.h"
 #include <capnp-shm/rpc-shm.h>
@@ -34,7 +34,8 @@ const LiveMode& findLiveMode(kj::StringPtr name);
 
 enum class Attack: uint {
   HONEST,
-  STAMPS_AS_PAYLOAD,  // Honest too, but full of what would be stamps elsewhere. Replies are checked.
+  // Honest too, but full of what would be stamps elsewhere. Replies are checked.
+  STAMPS_AS_PAYLOAD,
 
   // By a real client, whose regions another thread rewrites:
   STAMPS,

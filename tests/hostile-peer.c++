@@ -257,7 +257,9 @@ void HostileTest::runAgainstNetwork(
     // It stays at that: the same is said to whoever asks again, and sending does not throw.
     if (misdeed.plain) {
       // No more is promised.
-    } else KJ_IF_MAYBE(again, kj::runCatchingExceptions([&]() { await(receiveAll(*connection)); })) {
+    } else KJ_IF_MAYBE(again, kj::runCatchingExceptions([&]() {
+      await(receiveAll(*connection));
+    })) {
       EXPECT_EQ(first, again->getDescription());
     } else {
       ADD_FAILURE() << "the connection goes on";

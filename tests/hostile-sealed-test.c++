@@ -174,7 +174,9 @@ INSTANTIATE_TEST_SUITE_P(Records, HostileSealed, testing::Values(
       auto fd = memfd();
       sendFiles(peer, { SEGMENT_BYTES }, { fd });
     } },
-    Misdeed { "First", "does not accept", [](HostilePeer& peer) { sendFiles(peer, { SEGMENT_BYTES }, {}); } },
+    Misdeed { "First", "does not accept", [](HostilePeer& peer) {
+      sendFiles(peer, { SEGMENT_BYTES }, {});
+    } },
     [] {
       Misdeed result { "BeforeMapped", "impossible order", [](HostilePeer& peer) {
         peer.agree();

@@ -117,7 +117,9 @@ TEST(HugePages, MapAlignedNeedsNoMoreThanItMaps) {
 }
 
 TEST(HugePages, RegionsOfBothEndsAreInThem) {
-  if (!canCollapse()) GTEST_SKIP() << "this kernel collapses no shared memory, or has none to spare";
+  if (!canCollapse()) {
+    GTEST_SKIP() << "this kernel collapses no shared memory, or has none to spare";
+  }
   // The rest that fills no huge page is not forgotten either.
   constexpr size_t BYTES = 2 * HUGE_PAGE + 3 * PAGE;
   auto own = createRegion(BYTES);

@@ -10,7 +10,8 @@
 namespace capnpshm {
 namespace {
 
-// The numbers here are those of docs/PROTOCOL.md, written out: another implementation has only them.
+// The numbers here are those of docs/PROTOCOL.md, written out: another implementation has only
+// them.
 
 TEST(Layout, MagicIsText) {
   EXPECT_EQ(0, memcmp(&REGION_MAGIC, "capnpshm", 8));

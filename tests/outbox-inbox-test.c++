@@ -267,7 +267,9 @@ TEST(OutboxInbox, FreeHandlesRunOut) {
   EXPECT_GT(pair.b.inbox->getCopiedBytes(), 1488u * 200);
   pair.a.outbox->reclaim();
   EXPECT_EQ(inUse, pair.a.outbox->getArenaBytesInUse());
-  for (uint64_t i = 0; i < 512; i++) EXPECT_TRUE(matches(Shape::ofBytes(i, 200), held[i]->getBody()));
+  for (uint64_t i = 0; i < 512; i++) {
+    EXPECT_TRUE(matches(Shape::ofBytes(i, 200), held[i]->getBody()));
+  }
   for (uint64_t i = 512; i < 2000; i++) {
     EXPECT_TRUE(matches(Shape::ofBytes(i, 200), more[i - 512]->getBody()));
   }
@@ -389,8 +391,8 @@ TEST(OutboxInbox, LargeCopiesReuseWarmMemory) {
     auto list = message.getBody().getAs<capnp::List<capnp::Data>>();
     return list[0].begin();
   };
-  // For a few of them malloc() does. What is kept begins where a huge page could; malloc() has that too
-  // by chance.
+  // For a few of them malloc() does. What is kept begins where a huge page could; malloc() has that
+  // too by chance.
   auto isInHugePages = [](const byte* payload) {
     return reinterpret_cast<uintptr_t>(payload) % (2 << 20) < 256;
   };
@@ -405,8 +407,8 @@ TEST(OutboxInbox, LargeCopiesReuseWarmMemory) {
 }
 
 TEST(OutboxInbox, CopiesDoNotLieJustBehindTheirSources) {
-  // Both map their regions at page borders, so that the offset within a page of what was sent is that
-  // of what was copied.
+  // Both map their regions at page borders, so that the offset within a page of what was sent is
+  // that of what was copied.
   Pair pair { EndOptions() };
   std::vector<kj::Array<byte>> holes;
   Random random(1);

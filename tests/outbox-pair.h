@@ -55,7 +55,9 @@ struct Shape {
   static Shape inlined(uint64_t number) {
     return { number, 0, { { 8 + number % 5 * 8, false } } };
   }
-  static Shape ofBytes(uint64_t number, size_t bytes) { return { number, 0, { { bytes, false } } }; }
+  static Shape ofBytes(uint64_t number, size_t bytes) {
+    return { number, 0, { { bytes, false } } };
+  }
   static Shape foreign(uint64_t number, size_t count, size_t bytes) {
     return { number, 0, std::vector<Piece>(count, Piece { bytes, true }) };
   }

@@ -342,7 +342,8 @@ TEST(PeerLimits, NoMoreIsReadThanWhatARingHolds) {
   }
   // So much it may, though nothing was said to be consumed.
   ring.publishMessage();
-  EXPECT_NE(std::string::npos, ring.complaint().find("more descriptors than its ring has room for"));
+  EXPECT_NE(std::string::npos,
+      ring.complaint().find("more descriptors than its ring has room for"));
 }
 
 TEST(PeerLimits, NoRingIsTooLargeToBeReadAtOnce) {

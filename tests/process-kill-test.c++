@@ -205,8 +205,8 @@ TEST_P(ProcessEnd, CallsToAKilledServerFailAsDisconnected) {
 }
 
 TEST_P(ProcessEnd, DrainResolvesWhenAStoppedClientIsKilled) {
-  // The server's answers are queued for a client that takes no more of them; then it must shut down,
-  // which has to wait for the client as long as that lives.
+  // The server's answers are queued for a client that takes no more of them; then it must shut
+  // down, which has to wait for the client as long as that lives.
   auto pair = newSocketPair();
   int socket = pair.peers;
   PeerProcess process(kj::arrayPtr(&socket, 1), mode().arguments("ask", { "count=64" }));

@@ -69,9 +69,9 @@ void denyMap(uint32_t type) {
 }
 
 void denyFiles() {
-  // A limit below all numbers that are ever free: what is open stays so, and what is closed makes no
-  // room. UndefinedBehaviorSanitizer needs a pipe to look at an object's vtable, and reports all of
-  // them as invalid from here on; no test fails by that.
+  // A limit below all numbers that are ever free: what is open stays so, and what is closed makes
+  // no room. UndefinedBehaviorSanitizer needs a pipe to look at an object's vtable, and reports all
+  // of them as invalid from here on; no test fails by that.
   rlimit limit;
   KJ_SYSCALL(getrlimit(RLIMIT_NOFILE, &limit));
   limit.rlim_cur = STDERR_FILENO + 1;

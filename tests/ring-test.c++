@@ -164,8 +164,8 @@ TEST(Ring, FreeRing) {
 }
 
 TEST(Ring, WrapsAtEveryAlignment) {
-  // A descriptor of each length at each place of the ring, so that it also lies across the end, over
-  // whatever the lap before left there.
+  // A descriptor of each length at each place of the ring, so that it also lies across the end,
+  // over whatever the lap before left there.
   for (size_t size: { 16, 32, 64 }) {
     for (uint start = 0; start < size; start++) {
       for (uint lines = 1; lines <= MAX_DESCRIPTOR_LINES; lines++) {

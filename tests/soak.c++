@@ -90,7 +90,8 @@ public:
     // In the first rounds the allocator learns how much is needed; after them the second half must
     // not need more than the first did, but for what fragmentation makes of it.
     if (SLOW) {
-      std::cout << "soak: resident memory is not compared, since a sanitizer keeps what was freed\n";
+      std::cout
+          << "soak: resident memory is not compared, since a sanitizer keeps what was freed\n";
     } else {
       size_t server = 0, driver = 0;
       for (uint i = WARM_UP_ROUNDS; i < std::max(WARM_UP_ROUNDS + 1, rounds / 2); i++) {

@@ -27,7 +27,8 @@ uint sleepsUntilTrial(SpinBudget& budget, uint64_t length, bool peersShareCpu = 
 TEST(SpinBudget, NeverLongerThanAllowed) {
   SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   EXPECT_EQ(LONGEST, budget.next(LONGEST)) << "begins with a trial";
-  EXPECT_EQ(7u, SpinBudget(SpinBudget::FOR_REQUESTS, 7).next(LONGEST)) << "which may be a short one";
+  EXPECT_EQ(7u, SpinBudget(SpinBudget::FOR_REQUESTS, 7).next(LONGEST))
+      << "which may be a short one";
   EXPECT_EQ(0u, budget.next(0)) << "0 is never";
   EXPECT_EQ(1u, budget.next(1));
   budget.hit(15000);
@@ -36,7 +37,8 @@ TEST(SpinBudget, NeverLongerThanAllowed) {
 }
 
 TEST(SpinBudget, PaysUpToWhatASleepCosts) {
-  SpinBudget usual(SpinBudget::FOR_REQUESTS, LONGEST), dear(SpinBudget::FOR_REQUESTS, LONGEST, 60000);
+  SpinBudget usual(SpinBudget::FOR_REQUESTS, LONGEST);
+  SpinBudget dear(SpinBudget::FOR_REQUESTS, LONGEST, 60000);
   for (int i = 0; i < 100; i++) {
     usual.hit(55000);
     dear.hit(55000);
@@ -96,7 +98,8 @@ TEST(SpinBudget, PatientAfterManyInARowThatPaid) {
 }
 
 TEST(SpinBudget, TheMorePatientTheMoreThatPaid) {
-  // A peer that was there ten thousand times was interrupted, and both are spared a sleep if we wait.
+  // A peer that was there ten thousand times was interrupted, and both are spared a sleep if we
+  // wait.
   constexpr uint64_t ALLOWED = 1000000, SLEEP = 45000;
   SpinBudget budget(SpinBudget::FOR_REQUESTS, LONGEST);
   for (uint hits = 1; hits <= 10000; hits++) {

@@ -2,8 +2,8 @@
 
 #include "hand-made-peer.h"
 
-// What becomes of the messages which a side publishes with its switch, before the peer has said that
-// it can read them: they are there when it can, and come again as plain frames if it cannot.
+// What becomes of the messages which a side publishes with its switch, before the peer has said
+// that it can read them: they are there when it can, and come again as plain frames if it cannot.
 
 namespace capnpshm {
 namespace testing {

@@ -9,8 +9,8 @@
 #include <random>
 #include <string.h>
 
-// Messages and threads: built on worker threads, as libmultiprocess does, and destroyed on any thread
-// at any time.
+// Messages and threads: built on worker threads, as libmultiprocess does, and destroyed on any
+// thread at any time.
 
 namespace capnpshm {
 namespace conformance {
@@ -288,7 +288,9 @@ TEST_P(ThreadMessages, BuiltOnManyThreadsAtOnce) {
       // Made and built there; or made here, where it gets shared memory, and built there.
       if (i % 3 == 0) slots[i]->message = ends.from->newOutgoingMessage(sizeOf(number) / 8);
       workers.post([&slot = *slots[i], &ends, number]() {
-        if (slot.message.get() == nullptr) slot.message = ends.from->newOutgoingMessage(number % 500);
+        if (slot.message.get() == nullptr) {
+          slot.message = ends.from->newOutgoingMessage(number % 500);
+        }
         build(*slot.message, number, sizeOf(number));
         // One that is given up where it was built.
         auto dropped = ends.from->newOutgoingMessage(number % 300);

@@ -12,8 +12,8 @@ namespace capnpshm {
 namespace {
 
 constexpr kj::uint WAITS_BETWEEN_READS = 8;
-// The socket's buffer has room for some hundred bells, but to read and free each of them takes one or
-// two microseconds, and somebody waits meanwhile: no call shall wait for many.
+// The socket's buffer has room for some hundred bells, but to read and free each of them takes one
+// or two microseconds, and somebody waits meanwhile: no call shall wait for many.
 
 int socketOption(int fd, int name) {
   int value = -1;
@@ -29,7 +29,8 @@ public:
         observer(port, fd.get(), kj::UnixEventPort::FdObserver::OBSERVE_READ) {}
 
   kj::Promise<void> wait() override {
-    // The observer is edge-triggered and whatever arrives is an edge, also behind what was not read.
+    // The observer is edge-triggered and whatever arrives is an edge, also behind what was not
+    // read.
     if (++waits % WAITS_BETWEEN_READS == 0) {
       // Once is enough: a peer that sends more than bells fills its own socket.
       kj::byte buffer[1024];

@@ -28,8 +28,8 @@ class TurnEnd final: public kj::Refcounted {
   //   nanoseconds, a bell and what it takes to find it costs microseconds;
   // - and of those that sleep a few are looked at each time too, in turn. They have a bell as well.
   //
-  // For all others on the loop the port is visited, at long intervals, but sooner after a socket was
-  // used, and when a timer expires.
+  // For all others on the loop the port is visited, at long intervals, but sooner after a socket
+  // was used, and when a timer expires.
   //
   // Invariants:
   // - A member is in one crowd at most, and waits for nothing if it is in none.
@@ -194,21 +194,22 @@ private:
   // If there are more than these, spins are allowed, and nobody waits for a socket.
   static constexpr uint64_t ANSWER_LOOKS_TRIAL = 45000;
   static constexpr uint64_t REQUEST_LOOKS_TRIAL = 30000;
-  // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must wait
-  // for it to wake up before both can find each other awake. And after that again, until the peer has
-  // found out too: so looks go on for somewhat longer than they took lately.
-  static constexpr uint64_t SOCKET_LOOKS_TRIAL = 60000;
-  static constexpr uint64_t SOCKET_SLEEP_COST = 60000;
-  // In nanoseconds, for connections that have no shared memory yet. What comes first there comes from
-  // a peer that was probably asleep, and has a connection to accept; and what comes then takes longer,
-  // even between two sides that stay awake, than what a sleep costs at least.
+  // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must
+  // wait for it to wake up before both can find each other awake. And after that again, until the
+  // peer has found out too: so looks go on for somewhat longer than they took lately.
+  static constexpr uint64_t SOCKET_LOOKS_TRIAL = 90000;
+  static constexpr uint64_t SOCKET_SLEEP_COST = 90000;
+  // In nanoseconds, for connections that have no shared memory yet. What comes first there comes
+  // from a peer that was probably asleep, and has a connection to accept; and what comes then takes
+  // longer, even between two sides that stay awake, than what a sleep costs at least. (With 60 µs, on
+  // a slow machine, a server that once slept between such calls did so for good.)
   static constexpr uint64_t LONGEST_LOOKS = 100000;
   // Whatever is learned of this machine.
 
   class Crowd {
-    // Members in the same state, roughly in the order in which they came. To add or remove one takes
-    // constant time. What must be looked at lies close together, since for most members that is all
-    // there is to do, many times.
+    // Members in the same state, roughly in the order in which they came. To add or remove one
+    // takes constant time. What must be looked at lies close together, since for most members that
+    // is all there is to do, many times.
 
   public:
     ~Crowd() noexcept(false);
@@ -267,7 +268,7 @@ private:
   uint lookCount = 0;                     // Of looks since there was last anything to do,
   uint64_t lookingSince = 0;              // and when they began.
   SpinBudget* budget = &requests;         // That of the last run(),
-  uint64_t spinningSince = 0;             // and when its spin began, or 0; the port may interrupt it.
+  uint64_t spinningSince = 0;             // and when its spin began, or 0; a visit interrupts it.
   uint messagesThisTurn = 0;
   size_t bytesThisTurn = 0;
   uint64_t busyUntil = 0;                 // As far as can be told from what was moved.

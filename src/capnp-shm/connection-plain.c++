@@ -226,8 +226,8 @@ bool SharedMemoryConnection::isHungUp() {
 
 void SharedMemoryConnection::sendPlain(
     OutgoingMessage& message, kj::Array<kj::AutoCloseFd> fds, size_t bytes) {
-  // To a peer that has closed its end, say of what the end of its messages cut off: an exception for
-  // each connection, of which nobody would hear.
+  // To a peer that has closed its end, say of what the end of its messages cut off: an exception
+  // for each connection, of which nobody would hear.
   if (plainEndSeen && isHungUp()) return;
 
   ++queueCount;
@@ -254,7 +254,8 @@ void SharedMemoryConnection::addPlain(PlainFrame&& frame) {
       --queueCount;
     }
   });
-  // eagerlyEvaluate() after attach(), so that the messages are released as soon as they are written.
+  // eagerlyEvaluate() after attach(), so that the messages are released as soon as they are
+  // written.
   previousWrite = enqueueWrite([this, &b = *batch]() {
     return kj::evalLast([this, &b]() { return writeBatch(b); });
   }, true).attach(kj::mv(done)).attach(kj::mv(batch)).eagerlyEvaluate(nullptr);

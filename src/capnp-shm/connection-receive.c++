@@ -76,8 +76,8 @@ kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiv
 kj::Promise<SharedMemoryConnection::MaybeMessage> SharedMemoryConnection::receiveShared() {
   if (!isSharing()) return receivePlain();  // The peer has declined meanwhile.
   wake();
-  // If enough was done in this turn, the next message waits for the next one. (What is left once the
-  // peer has ended is bounded, and nothing will come to wait for.)
+  // If enough was done in this turn, the next message waits for the next one. (What is left once
+  // the peer has ended is bounded, and nothing will come to wait for.)
   if (getTurnEnd().isLong() && !ended) return kj::newAdaptedPromise<MaybeMessage, Receiver>(*this);
 
   MaybeMessage message;
@@ -165,7 +165,8 @@ void SharedMemoryConnection::deliver() {
 }
 
 kj::Promise<void> SharedMemoryConnection::deliverPlain() {
-  // The peer has declined: what it sends comes as plain frames again, also to whoever waits already.
+  // The peer has declined: what it sends comes as plain frames again, also to whoever waits
+  // already.
   if (receiver == nullptr) return kj::READY_NOW;
   return receivePlain().then([this](MaybeMessage&& message) {
     KJ_IF_MAYBE(r, receiver) r->fulfill(kj::mv(message));

@@ -234,12 +234,13 @@ void SharedMemoryConnection::handleOffer(protocol::Offer::Reader peerOffer) {
 }
 
 // Many connections are made for a few calls, and regions cost more than such calls do: as much as
-// some five of them over a socket. So the side that offered first puts its switch off for calls that
-// follow each other without a pause. Over the socket too they are faster than TwoPartyVatNetwork's,
-// as both sides look for what comes before they sleep; it puts off until that has paid for the switch,
-// or nearly. It switches when it goes to sleep with all answers and without having closed the
-// connection, which costs no call any time; or when it is clear before that there will be more:
-// further calls, a large message, or anything else that one of the sides begins. The other side follows.
+// some five of them over a socket. So the side that offered first puts its switch off for calls
+// that follow each other without a pause. Over the socket too they are faster than
+// TwoPartyVatNetwork's, as both sides look for what comes before they sleep; it puts off until that
+// has paid for the switch, or nearly. It switches when it goes to sleep with all answers and
+// without having closed the connection, which costs no call any time; or when it is clear before
+// that there will be more: further calls, a large message, or anything else that one of the sides
+// begins. The other side follows.
 
 bool SharedMemoryConnection::mayStayPlain(size_t words) const {
   // For a message of that size, which belongs to one of our calls.

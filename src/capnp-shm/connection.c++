@@ -128,7 +128,8 @@ void SharedMemoryConnection::flush() {
     if (outgoingShared) proceed();
     return;
   }
-  // We are about to look for what comes, so the peer need not ring; before it hears of what we sent.
+  // We are about to look for what comes, so the peer need not ring; before it hears of what we
+  // sent.
   wake();
   uint64_t cpu = currentCpu();
   if (cpu != publishedCpu) {

@@ -27,8 +27,9 @@ class SharedMemoryConnection final: public capnp::TwoPartyVatNetworkBase::Connec
   // Invariants:
   // - Messages leave in the order of their send(), whatever carries them.
   // - One read and one chain of writes on the socket at a time.
-  // - `outbox` is there from our SWITCH on, `inbox` from the peer's. What we publish before the peer
-  //   has confirmed that it mapped our region is kept, to be sent as plain frames if it declines.
+  // - `outbox` is there from our SWITCH on, `inbox` from the peer's. What we publish before the
+  //   peer has confirmed that it mapped our region is kept, to be sent as plain frames if it
+  //   declines.
   //
   // Belongs to the thread of its event loop, except newOutgoingMessage().
 

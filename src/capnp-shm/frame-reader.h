@@ -22,11 +22,11 @@ class FrameReader {
   // one system call. A frame is a message as capnp::writeMessage() writes it, or a BELL.
   //
   // Invariants:
-  // - It reads only if no whole frame is here, and ahead only if nothing is. So the file descriptors
-  //   that are here all belong to one frame.
+  // - It reads only if no whole frame is here, and ahead only if nothing is. So the file
+  //   descriptors that are here all belong to one frame.
   // - That is the frame with the last byte which came with them. Linux ends a recvmsg() behind what
-  //   was sent with descriptors, and a frame that has some is written by itself. (The rule is that of
-  //   capnp::BufferedMessageStream, which keeps what it has read ahead to itself.)
+  //   was sent with descriptors, and a frame that has some is written by itself. (The rule is that
+  //   of capnp::BufferedMessageStream, which keeps what it has read ahead to itself.)
   //
   // Belongs to the thread of its event loop.
 
@@ -52,8 +52,8 @@ public:
     uint64_t header;
     // Its first word.
     kj::Array<capnp::word> words;
-    // All of it. Null if it is a BELL, and if it is larger than was allowed: then the rest of it was
-    // not read, and nothing further can be.
+    // All of it. Null if it is a BELL, and if it is larger than was allowed: then the rest of it
+    // was not read, and nothing further can be.
     kj::Array<kj::AutoCloseFd> fds;
     kj::Own<kj::AsyncCapabilityStream> fdStream;
   };

@@ -53,8 +53,8 @@ uint64_t newNonce() {
   } while (n < 0 && errno == EINTR);
   faultPoint();
   if (n != ssize_t(sizeof(result))) {
-    // A sandbox forbids it. Nothing depends on its being hard to guess: it tells our own offer, come
-    // back, from a stranger's message.
+    // A sandbox forbids it. Nothing depends on its being hard to guess: it tells our own offer,
+    // come back, from a stranger's message.
     timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     result = (uint64_t(getpid()) << 32 | uint32_t(time.tv_nsec)) ^ uint64_t(time.tv_sec) << 48 ^

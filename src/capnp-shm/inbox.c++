@@ -54,8 +54,8 @@ uint64_t loadOnce(const SharedWord& word) {
 kj::ArrayPtr<const DescriptorLine> findRing(const PeerRegion& region) {
   auto bytes = region.bytes();
   auto& header = *reinterpret_cast<const RegionHeader*>(bytes.begin());
-  // Acquire: before the rest of the header. It pairs with no store: the peer has made its region with
-  // the header in it.
+  // Acquire: before the rest of the header. It pairs with no store: the peer has made its region
+  // with the header in it.
   KJ_REQUIRE(header.magic.load(std::memory_order_acquire) == REGION_MAGIC,
       "peer's first region has no header");
   uint64_t offset = loadOnce(header.ringOffset);

@@ -15,13 +15,13 @@ constexpr size_t LARGE_BUFFER_WORDS = (1 << 20) / sizeof(capnp::word);
 // needs such memory again and again should keep it, in huge pages; see BufferPool.
 
 constexpr size_t MAX_MALLOC_WORDS = (32 << 20) / sizeof(capnp::word);
-// What is smaller and needed a few times only is likely to be warm already if it comes from malloc(),
-// which has it from the last message, or the last connection. What is larger glibc maps and unmaps
-// each time.
+// What is smaller and needed a few times only is likely to be warm already if it comes from
+// malloc(), which has it from the last message, or the last connection. What is larger glibc maps
+// and unmaps each time.
 
 kj::Array<capnp::word> newZeroedBuffer(size_t words);
-// Private memory of zeros, from MAX_MALLOC_WORDS on in huge pages where the system lends them. Pages
-// that nobody touches cost nothing, if they are new. Any thread.
+// Private memory of zeros, from MAX_MALLOC_WORDS on in huge pages where the system lends them.
+// Pages that nobody touches cost nothing, if they are new. Any thread.
 
 class BufferPool final: public kj::AtomicRefcounted {
   // Large private buffers that messages were copied to, kept for the next messages of their size

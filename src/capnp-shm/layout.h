@@ -115,9 +115,9 @@ enum class DescriptorKind: uint8_t {
   // for the table, which is an array of SegmentEntry.
 
   BEGIN = 3,
-  // A message that comes in parts, since there is no room for it in one piece. Body: one word of free
-  // handle, one SegmentEntry for a table with one word for each segment, its size in words. PART
-  // descriptors follow until all words are there; nothing else does in between but JUMP.
+  // A message that comes in parts, since there is no room for it in one piece. Body: one word of
+  // free handle, one SegmentEntry for a table with one word for each segment, its size in words.
+  // PART descriptors follow until all words are there; nothing else does in between but JUMP.
 
   PART = 4,
   // The next words of the message begun by BEGIN. Body: free handle, one SegmentEntry.
@@ -174,8 +174,8 @@ constexpr uint64_t FREE_BY_CONSUMPTION = ~uint64_t(0);
 // Region header
 
 struct RegionHeader {
-  // At the start of region 0 of each side. Written once by the owner, before it sends the region, and
-  // checked by the peer when it has mapped it.
+  // At the start of region 0 of each side. Written once by the owner, before it sends the region,
+  // and checked by the peer when it has mapped it.
 
   SharedWord magic;        // REGION_MAGIC.
   SharedWord version;      // The agreed version.

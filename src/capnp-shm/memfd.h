@@ -44,9 +44,9 @@ struct OwnRegion {
 
 OwnRegion createRegion(size_t bytes, kj::ArrayPtr<const kj::byte> beginning = nullptr);
 // Creates a region of `bytes` bytes, a positive multiple of the page size: `beginning`, which is
-// written without touching the mapping, and zeros behind it. Throws a kj::Exception naming the failed
-// call if the system refuses: memfd_create forbidden or unknown, no memory (ENOSPC, ENOMEM), no
-// descriptor left (EMFILE), no F_SEAL_FUTURE_WRITE (before Linux 5.1). Any thread.
+// written without touching the mapping, and zeros behind it. Throws a kj::Exception naming the
+// failed call if the system refuses: memfd_create forbidden or unknown, no memory (ENOSPC, ENOMEM),
+// no descriptor left (EMFILE), no F_SEAL_FUTURE_WRITE (before Linux 5.1). Any thread.
 
 Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes);
 // Maps read-only a region which the peer created and whose fd it sent. `fd` stays the caller's
@@ -64,8 +64,8 @@ Mapping mapPeerRegion(int fd, uint64_t announcedBytes, uint64_t maxBytes);
 // What regions and sealed segments (sealed.h) have in common
 
 OwnRegion newSharedMemory(size_t bytes);
-// A memfd of `bytes` zeroed bytes, a positive multiple of the page size, allocated whole, mapped for
-// this process alone and not sealed yet. Throws as createRegion() does. Any thread.
+// A memfd of `bytes` zeroed bytes, a positive multiple of the page size, allocated whole, mapped
+// for this process alone and not sealed yet. Throws as createRegion() does. Any thread.
 
 void keepToThisProcess(kj::ArrayPtr<kj::byte> mapped);
 // Keeps a mapping out of fork children and core dumps. To be called before a Mapping is used, and

@@ -12,8 +12,8 @@
 namespace capnpshm {
 
 capnp::rpc::Message::Which kindOf(kj::ArrayPtr<const capnp::word> firstSegment);
-// Which of RPC's messages this is, from a look at two words. A hint: UNIMPLEMENTED, which is what an
-// empty message would be, if it is not where it usually is; and whatever a hostile peer likes.
+// Which of RPC's messages this is, from a look at two words. A hint: UNIMPLEMENTED, which is what
+// an empty message would be, if it is not where it usually is; and whatever a hostile peer likes.
 
 class MessageSender {
   // What an OutgoingMessage needs of its connection.

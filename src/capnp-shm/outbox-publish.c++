@@ -227,7 +227,8 @@ bool Outbox::tryPublish(OutgoingMessage& message, uint fdCount) {
 }
 
 bool Outbox::publishInParts(OutgoingMessage& message, uint fdCount) {
-  // Until we see what the peer consumes, and may have further regions, there is nothing to go on with.
+  // Until we see what the peer consumes, and may have further regions, there is nothing to go on
+  // with.
   if (peerHeader == nullptr) return false;
   auto& r = KJ_ASSERT_NONNULL(ring);
 

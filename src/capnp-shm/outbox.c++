@@ -258,9 +258,10 @@ kj::Maybe<Arena::Block&> Outbox::allocateOrGrow(size_t bytes, size_t neededBytes
 
 bool Outbox::isWorthGrowing(size_t neededBytes) {
   // Whether to make a region for a message that needs so much. For each page of it both sides have
-  // a page fault, so that it costs about as much as SHORT_MESSAGES messages lose which are copied in
-  // parts through the few pages that are warm already. So the first few are; as in the ski rental
-  // problem, what that costs in all is at most twice the best that could be done, whatever follows.
+  // a page fault, so that it costs about as much as SHORT_MESSAGES messages lose which are copied
+  // in parts through the few pages that are warm already. So the first few are; as in the ski
+  // rental problem, what that costs in all is at most twice the best that could be done, whatever
+  // follows.
   if (sleepsForRoom >= SLEEPS_FOR_ROOM) return true;
   if (lastShortage != published) {
     // Once for each message, which asks again and again.

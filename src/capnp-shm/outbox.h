@@ -76,8 +76,8 @@ class Outbox final: public kj::AtomicRefcounted {
   // promise; the connection carries its announcements and wakes the peer.
   //
   // Invariants:
-  // - A descriptor refers only to regions that the peer has mapped, or to the first, without which it
-  //   would not read it.
+  // - A descriptor refers only to regions that the peer has mapped, or to the first, without which
+  //   it would not read it.
   // - A quarter of the memory is kept from builders and from messages read in place, so that copies
   //   find room soon. And a small reserve is never lent to either, so that a message can go in
   //   parts as soon as the peer has consumed everything: held messages can stall nothing, not even
@@ -102,18 +102,18 @@ public:
   // Setting up
 
   kj::AutoCloseFd takeFirstRegionFd();
-  // To be sent once; not kept here, as a peer might say that it mapped the region before it is. From
-  // here on messages can be published, as far as they find room in this region alone: whoever cannot
-  // map it takes none.
+  // To be sent once; not kept here, as a peer might say that it mapped the region before it is.
+  // From here on messages can be published, as far as they find room in this region alone: whoever
+  // cannot map it takes none.
 
   RegionHeader& getHeader();
   kj::ArrayPtr<SharedWord> getFreeRing();
   // The words which this side writes as a reader; see Inbox.
 
   void start(const RegionHeader& peerHeader, kj::ArrayPtr<const SharedWord> peerFreeRing);
-  // The peer's first region is mapped: from here on what it consumed can be used again, and there may
-  // be further regions. `peerHeader` (whose `consumed` and `freed` we read) and `peerFreeRing` (empty if the peer copies everything)
-  // must stay mapped until stop().
+  // The peer's first region is mapped: from here on what it consumed can be used again, and there
+  // may be further regions. `peerHeader` (whose `consumed` and `freed` we read) and `peerFreeRing`
+  // (empty if the peer copies everything) must stay mapped until stop().
 
   void stop();
   // The connection is gone, and with it the peer's memory. Nothing is published any more, but

@@ -51,7 +51,8 @@ kj::Promise<void> PortSchedule::visit() {
     // The port serves its timer when it has asked the system for everything else.
     visited = t->afterDelay(0 * kj::SECONDS);
   } else {
-    // A fulfiller for other threads goes through it. (port.poll() would swallow events of other threads.)
+    // A fulfiller for other threads goes through it. (port.poll() would swallow events of other
+    // threads.)
     auto paf = kj::newPromiseAndCrossThreadFulfiller<void>();
     paf.fulfiller->fulfill();
     visited = kj::mv(paf.promise);

@@ -67,8 +67,8 @@ private:
   static constexpr uint64_t LEAST_NANOSECONDS = 20000;
   static constexpr uint64_t PART_OF_UNUSED = 8;
   // After a socket was used, this part of the time since then: more will come there if a connection
-  // is being set up, or must stay plain, or another one follows. So what comes there waits for us at
-  // most an eighth of what we have waited for it, and a few dozen visits are in vain each time.
+  // is being set up, or must stay plain, or another one follows. So what comes there waits for us
+  // at most an eighth of what we have waited for it, and a few dozen visits are in vain each time.
 
   kj::Maybe<kj::Timer&> timer;       // Of the port, if that is known,
   kj::Maybe<kj::TimerImpl&> timers;  // and if what waits for it can be asked.

@@ -24,9 +24,9 @@ struct PeerLimits {
   // because of them: it is told what it may do, or refused what it need not have.
 
   uint regions = 32;
-  // Regions of the peer's that this side maps at a time, beside the first. Further ones are refused,
-  // and the peer goes on with what it has; as regions grow geometrically, few are needed. 0 leaves
-  // it the first alone. A process has some 65000 mappings in all.
+  // Regions of the peer's that this side maps at a time, beside the first. Further ones are
+  // refused, and the peer goes on with what it has; as regions grow geometrically, few are needed.
+  // 0 leaves it the first alone. A process has some 65000 mappings in all.
 
   uint fdsAhead = 64;
   // File descriptors that may have come, on a connection that accepts any, for messages that were
@@ -61,21 +61,22 @@ struct SharedMemoryOptions {
 
   size_t firstRegionBytes = 32 * 1024;
   // Size of the first region of shared memory that this side writes, in bytes; rounded up to whole
-  // pages, at least 16 KiB. Further regions are added as needed, growing geometrically; the first few
-  // messages of up to 8 MiB that lack room go in parts instead, copied, except without spinning.
+  // pages, at least 16 KiB. Further regions are added as needed, growing geometrically; the first
+  // few messages of up to 8 MiB that lack room go in parts instead, copied, except without
+  // spinning.
 
   uint plainCalls = 32;
-  // How many calls that follow each other without a pause, from the beginning of a connection, may go
-  // over the socket before there is shared memory, if this is the side that offers it first (the
+  // How many calls that follow each other without a pause, from the beginning of a connection, may
+  // go over the socket before there is shared memory, if this is the side that offers it first (the
   // client, usually). The first always does, since its answer tells whether there can be shared
   // memory; 0 for no more than that one, and then a connection of one call has regions too.
   //
-  // To make, map and unmap the first regions costs some 400 µs of both sides' CPU time and delays
-  // a call by some 200 µs. That is less than so many calls have gained on TwoPartyVatNetwork by then:
-  // however many there are, a connection is not slower, and hardly ever takes more CPU time. With 8 it
-  // is fast sooner, and dearer (by a third and more) if it ends after 9 to 14 calls. Large messages, calls
-  // of the peer's, and a pause in which no call is unanswered bring shared memory at once; in a pause
-  // nobody waits for it.
+  // To make, map and unmap the first regions costs some 400 µs of both sides' CPU time and delays a
+  // call by some 200 µs. That is less than so many calls have gained on TwoPartyVatNetwork by then:
+  // however many there are, a connection is not slower, and hardly ever takes more CPU time. With 8
+  // it is fast sooner, and dearer (by a third and more) if it ends after 9 to 14 calls. Large
+  // messages, calls of the peer's, and a pause in which no call is unanswered bring shared memory
+  // at once; in a pause nobody waits for it.
 
   size_t maxBytes = 256 * 1024 * 1024;
   // Limit for all regions that this side writes on this connection, in bytes. When it is reached
@@ -95,19 +96,19 @@ struct SharedMemoryOptions {
   // messages of 4 KiB to 4 MiB, the time that it takes to move them, at 6 bytes a nanosecond
   // (175 µs for 1 MiB).
   //
-  // The time actually spent adapts to whether it pays, separately for answers and for requests, down
-  // to nothing when it does not: on an overloaded machine, between calls that come with pauses, or
-  // for slow calls. It lasts hardly longer than a sleep and its wake-ups would take, which is taken
-  // for 45 µs, or more, up to 95, where sleeps prove to take longer; unless it found something many
-  // times in a row: each earns another 64th of a sleep, since a peer that was there so often has
-  // probably been interrupted, and then both are spared a sleep.
+  // The time actually spent adapts to whether it pays, separately for answers and for requests,
+  // down to nothing when it does not: on an overloaded machine, between calls that come with
+  // pauses, or for slow calls. It lasts hardly longer than a sleep and its wake-ups would take,
+  // which is taken for 45 µs, or more, up to 95, where sleeps prove to take longer; unless it found
+  // something many times in a row: each earns another 64th of a sleep, since a peer that was there
+  // so often has probably been interrupted, and then both are spared a sleep.
   //
-  // What it may cost: CPU time of about 10 µs for each time that it finds nothing while answers come at
-  // once, more the longer they take; or as long as a sleep if sixteen in a row before did find
-  // something, and 0.7 to 1.5 µs more for each of them. After a few that find nothing, a trial of
-  // twice a sleep's length every 256 sleeps, or of twice 15 µs every 32 answers, at most; every 2048
-  // sleeps if the peers run on the same CPU. Never used on a single CPU. If connections on one loop
-  // differ, the longest counts.
+  // What it may cost: CPU time of about 10 µs for each time that it finds nothing while answers
+  // come at once, more the longer they take; or as long as a sleep if sixteen in a row before did
+  // find something, and 0.7 to 1.5 µs more for each of them. After a few that find nothing, a trial
+  // of twice a sleep's length every 256 sleeps, or of twice 15 µs every 32 answers, at most; every
+  // 2048 sleeps if the peers run on the same CPU. Never used on a single CPU. If connections on one
+  // loop differ, the longest counts.
   //
   // After that, and with 0 too, the loop looks at its event port a few times more before it sleeps,
   // three system calls each, or one if `port` is given, for what comes as a bell or on another
@@ -147,10 +148,10 @@ struct SharedMemoryContext {
   // What the constructors with this in front take beyond TwoPartyVatNetwork's parameters.
 
   kj::UnixEventPort* port = nullptr;
-  // The event port of the thread's event loop, e.g. `&asyncIo.unixEventPort`. With it a wake-up costs
-  // this side one system call instead of four, and its peer one wake-up less; and the loop's timers
-  // are in time while this connection is never idle, rather than up to 4 ms late. Must outlive the
-  // network.
+  // The event port of the thread's event loop, e.g. `&asyncIo.unixEventPort`. With it a wake-up
+  // costs this side one system call instead of four, and its peer one wake-up less; and the loop's
+  // timers are in time while this connection is never idle, rather than up to 4 ms late. Must
+  // outlive the network.
 
   SharedMemoryOptions options;
 };
@@ -165,10 +166,10 @@ enum class Transport: uint8_t {
   // Plain frames on the stream, for good.
 
   SHARED_MEMORY
-  // Agreed: the next call goes there, or after a few small ones; see SharedMemoryOptions::plainCalls.
-  // (What ends them, a Finish say, may be a plain frame yet; see docs/PROTOCOL.md 5. If it turns out then that the system refuses memory or
-  // a mapping, or that something on the way drops file descriptors, this becomes PLAIN, and nothing
-  // is lost.)
+  // Agreed: the next call goes there, or after a few small ones; see
+  // SharedMemoryOptions::plainCalls. (What ends them, a Finish say, may be a plain frame yet; see
+  // docs/PROTOCOL.md 5. If it turns out then that the system refuses memory or a mapping, or that
+  // something on the way drops file descriptors, this becomes PLAIN, and nothing is lost.)
 };
 
 struct DirectionStats {

@@ -15,22 +15,23 @@ class SpinBudget {
   //
   // What it weighs: a sleep and its wake-up together cost both sides 20 to 40 µs of CPU and add
   // 30-60 µs to the answer, more on some machines. A spin that finds something within that time has
-  // paid for itself, also the answer of a peer that had to be woken up for it, the usual case of calls
-  // with pauses; one that finds nothing, or finds it later, has not. (As in the ski rental problem,
-  // nobody who knew all in advance would pay less than half.) So:
+  // paid for itself, also the answer of a peer that had to be woken up for it, the usual case of
+  // calls with pauses; one that finds nothing, or finds it later, has not. (As in the ski rental
+  // problem, nobody who knew all in advance would pay less than half.) So:
   //
   // - As long as spins pay, the next may last a few times as long as they took;
-  // - after many in a row that did, a good deal longer, and the longer the more there were: if it is
-  //   late this time, the peer was interrupted rather than that it has stopped, and if not, the one
-  //   spin in vain is little beside what those saved. (Each earns another 64th of a sleep.)
+  // - after many in a row that did, a good deal longer, and the longer the more there were: if it
+  //   is late this time, the peer was interrupted rather than that it has stopped, and if not, the
+  //   one spin in vain is little beside what those saved. (Each earns another 64th of a sleep.)
   // - After a few in a row that did not, there are no more of them,
   // - but a trial now and then, when sleeps turn out short, or when the peer turns out to be awake
-  //   after we were not. Trials that fail become rarer, each time by half; and they are rarer from the
-  //   beginning if the peer last ran on our own CPU, where it cannot answer while we spin. (If it may
-  //   run elsewhere, a spin is what makes the scheduler move it.)
+  //   after we were not. Trials that fail become rarer, each time by half; and they are rarer from
+  //   the beginning if the peer last ran on our own CPU, where it cannot answer while we spin. (If
+  //   it may run elsewhere, a spin is what makes the scheduler move it.)
   //
-  // What a sleep costs on this machine is learned from sleeps that an answer ends. Their request was
-  // sent just before and has woken the peer, so that they last for two wake-ups and the peer's work.
+  // What a sleep costs on this machine is learned from sleeps that an answer ends. Their request
+  // was sent just before and has woken the peer, so that they last for two wake-ups and the peer's
+  // work.
   //
   // An event loop has two of these, since answers and requests come at different times: one that
   // calls with pauses finds its answers soon and its pauses never. And others, for the same reason,

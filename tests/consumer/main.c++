@@ -8,6 +8,8 @@ int main() {
   server.accept(kj::mv(pipe.ends[0]), 0);
   capnpshm::SharedMemoryClient client(*pipe.ends[1]);
   // The server refuses every call; that it answers through shared memory is what counts here.
-  for (int i = 0; i < 2; i++) client.bootstrap().whenResolved().catch_([](kj::Exception&&) {}).wait(io.waitScope);
+  for (int i = 0; i < 2; i++) {
+    client.bootstrap().whenResolved().catch_([](kj::Exception&&) {}).wait(io.waitScope);
+  }
   return client.getStats().incoming.transport == capnpshm::Transport::SHARED_MEMORY ? 0 : 1;
 }
