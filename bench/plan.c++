@@ -20,9 +20,6 @@ const kj::StringPtr BETWEEN_PROCESSES[] = {
 const kj::StringPtr MAIN[] = {
   "twoparty", "default", "copy-spin", "copy-nospin", "inplace-spin", "inplace-nospin"
 };
-const kj::StringPtr STREAMS[] = {
-  "twoparty", "default", "copy-spin", "copy-nospin", "inplace-spin", "inplace-nospin", "in-process"
-};
 const kj::StringPtr FEW[] = { "twoparty", "default", "copy-nospin", "inplace-spin" };
 const kj::StringPtr BRIEF_WINDOW[] = { "twoparty", "copy-spin", "copy-nospin", "in-process" };
 const kj::StringPtr SHARED[] = { "default", "inplace-spin" };
@@ -51,8 +48,9 @@ public:
       add("first_param_rw", FEW, Parameters::ofPayload(bytes)).countSystemCalls = false;
       add("second_param_rw", FEW, Parameters::ofPayload(bytes)).countSystemCalls = false;
     }
-    add("stream", STREAMS, Parameters::ofPayload(64 * KIB));
-    add("stream_rw", STREAMS, Parameters::ofPayload(64 * KIB));
+    for (auto name: { "stream", "stream_rw" }) {
+      add(name, MAIN, Parameters::ofPayload(64 * KIB)).transports.push_back("in-process");
+    }
     add("held", FEW, Parameters::ofPayload(4 * KIB));
     addBesideBusy();
     addConnections();

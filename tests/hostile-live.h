@@ -34,8 +34,8 @@ const LiveMode& findLiveMode(kj::StringPtr name);
 
 enum class Attack: uint {
   HONEST,
-  // Honest too, but full of what would be stamps elsewhere. Replies are checked.
   STAMPS_AS_PAYLOAD,
+  // Honest too, but full of what would be stamps elsewhere. Replies are checked.
 
   // By a real client, whose regions another thread rewrites:
   STAMPS,

@@ -197,12 +197,13 @@ private:
   // In nanoseconds, and as many looks as go into it. As with spins, a side whose peer sleeps must
   // wait for it to wake up before both can find each other awake. And after that again, until the
   // peer has found out too: so looks go on for somewhat longer than they took lately.
-  static constexpr uint64_t SOCKET_LOOKS_TRIAL = 90000;
+  static constexpr uint64_t SOCKET_LOOKS_TRIAL = 50000;
   static constexpr uint64_t SOCKET_SLEEP_COST = 90000;
-  // In nanoseconds, for connections that have no shared memory yet. What comes first there comes
-  // from a peer that was probably asleep, and has a connection to accept; and what comes then takes
-  // longer, even between two sides that stay awake, than what a sleep costs at least. (With 60 µs, on
-  // a slow machine, a server that once slept between such calls did so for good.)
+  // In nanoseconds, for connections that have no shared memory yet: a trial lasts 100 µs at that
+  // cost. What comes first there comes from a peer that was probably asleep, and has a connection
+  // to accept; and what comes then takes longer, even between two sides that stay awake, than what
+  // a sleep costs at least. (With a cost of 60 µs, on a slow machine, a server that once slept
+  // between such calls did so for good.)
   static constexpr uint64_t LONGEST_LOOKS = 100000;
   // Whatever is learned of this machine.
 
